@@ -1,0 +1,243 @@
+"""`hfms.toml` as frozen dataclasses. A setting exists when it is written here; nothing else is read.
+
+Precedence: flag > HFMS_* > HF_SERVER_* > file > default. Options of plugins live in a table named after the plugin
+(`[middleware.auth]`, `[engine.transformers]`) and are read by the plugin's own dataclass when it is created.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfms_cli.errors import ConfigError, close_matches
+from hfms_cli.settings import PREFIXES, read_table, setting
+
+__all__ = ["Config", "load_config"]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP server."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.", env="HOST")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.", env="PORT", ge=0, le=65535)
+    insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
+    max_body_bytes: int = setting(32 * 2**20, "Longest request body, in bytes.", ge=1024)
+    drain_seconds: float = setting(30.0, "How long calls in flight may go on after Ctrl-C or SIGTERM.", ge=0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Logs. Prompts, answers and secrets are never logged."""
+
+    level: str = setting("info", "Least level shown.", env="LOG_LEVEL", choices=("debug", "info", "warning", "error"))
+    format: str = setting(
+        "auto",
+        "Lines for people or for machines; auto: console on a terminal.",
+        env="LOG_FORMAT",
+        choices=("auto", "console", "json"),
+    )
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """Which models are served, and what is allowed of them."""
+
+    serve: list[str] = setting(list, "Models to load at start, as `hfms serve` takes them.", env="MODELS")
+    aliases: dict[str, str] = setting(dict, "More names for models: alias = model.")
+    folders: list[str] = setting(list, "Folders whose models may be loaded by name over HTTP.", env="MODEL_FOLDERS")
+    cache_dir: str = setting(
+        "", 'Where pulled packages are kept; empty: "hfms" in the user\'s cache folder.', env="CACHE_DIR"
+    )
+    dtype: str = setting(
+        "auto",
+        "Precision of weights; auto: float32 on CPU, the model's own elsewhere.",
+        env="DTYPE",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    load_on_request: bool = setting(True, "Load a model that is on disk when a call asks for it.")
+    load_seconds: float = setting(600.0, "Longest time that a load may take.", ge=1)
+    allow_pickle: bool = setting(False, "Serve models that come only as pickles (read with weights_only).")
+    trust_remote_code: bool = setting(False, "Run Python code that a model brings along.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Engine processes: one a loaded model."""
+
+    order: list[str] = setting(
+        lambda: ["transformers", "embeddings", "echo"], "Engines to try for a model, in this order."
+    )
+    max_calls: int = setting(256, "Calls that one engine process may hold; more are answered 429.", ge=1)
+    heartbeat_seconds: float = setting(
+        60.0, "An engine whose loop is silent for so long is ended and started again.", ge=1
+    )
+    restart_limit: int = setting(
+        5, "Restarts in a row, without a minute of life, after which a model counts as failed.", ge=0
+    )
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """Devices."""
+
+    preferred: list[str] = setting(
+        lambda: ["cuda", "rocm", "mps", "openvino", "cpu"],
+        "Kinds of device, best first.",
+        env="HARDWARE",
+    )
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where models come from."""
+
+    order: list[str] = setting(
+        lambda: ["local", "package", "echo", "hf_cache"],
+        "Storages to ask, in this order.",
+        env="STORAGE_ORDER",
+    )
+
+
+@dataclass(frozen=True)
+class MiddlewareConfig:
+    """What stands between a request and its engine."""
+
+    order: list[str] = setting(
+        lambda: ["auth"], "Middlewares, outermost first; what is not listed is off.", env="MIDDLEWARE"
+    )
+
+
+@dataclass(frozen=True)
+class PluginsConfig:
+    """Plugins that other packages bring."""
+
+    disabled: list[str] = setting(list, "Entry points that are not to be loaded.", env="DISABLED_PLUGINS")
+
+
+# Table name in the file, attribute of Config, and whether plugins' own tables live below it.
+TABLES: tuple[tuple[str, type[Any], bool], ...] = (
+    ("server", ServerConfig, False),
+    ("log", LogConfig, False),
+    ("models", ModelsConfig, False),
+    ("engine", EngineConfig, True),
+    ("hardware", HardwareConfig, True),
+    ("storage", StorageConfig, True),
+    ("middleware", MiddlewareConfig, True),
+    ("plugins", PluginsConfig, False),
+)
+
+# ENABLE_x = true puts a middleware into the order at its usual place, false takes it out.
+_USUAL_ORDER = ("auth", "rate_limit", "cache", "queue", "breaker", "batch")
+_SWITCHES = {
+    "ENABLE_AUTH": "auth",
+    "ENABLE_RATE_LIMITING": "rate_limit",
+    "ENABLE_CACHING": "cache",
+    "ENABLE_REQUEST_QUEUE": "queue",
+    "ENABLE_CIRCUIT_BREAKER": "breaker",
+    "ENABLE_BATCHING": "batch",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, checked. `options` holds the plugins' own tables, as (kind, name) -> values, not yet read."""
+
+    server: ServerConfig = ServerConfig()
+    log: LogConfig = LogConfig()
+    models: ModelsConfig = ModelsConfig()
+    engine: EngineConfig = EngineConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    storage: StorageConfig = StorageConfig()
+    middleware: MiddlewareConfig = MiddlewareConfig()
+    plugins: PluginsConfig = PluginsConfig()
+    options: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    file: str = "hfms.toml"
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def plugin_options(self, kind: str, name: str, table: type[Any]) -> Any:
+        """The options of one plugin, read by its own dataclass. Raises ConfigError."""
+        values = self.options.get((kind, name), {})
+        return read_table(table, values, where=f"{self.file} [{kind}.{name}]", environ=self.environ)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where hfms keeps what it has fetched, beside the Hugging Face cache."""
+        if self.models.cache_dir:
+            return Path(self.models.cache_dir).expanduser()
+        base = self.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        return Path(base) / "hfms"
+
+
+def load_config(
+    file: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
+    """Read the configuration.
+
+    file: must exist where given; otherwise HFMS_CONFIG, then `hfms.toml` here, then no file.
+    flags: table -> key -> value, from the command line; None values are "not given".
+    Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    path, raw = _read_file(file, environ)
+    known = [name for name, _, _ in TABLES]
+    for name in raw:
+        if name not in known:
+            near = close_matches(name, known)
+            hint = f"did you mean `[{near[0]}]`?" if near else "known tables: " + ", ".join(known)
+            raise ConfigError(f"{path}: unknown table `[{name}]`; {hint}", param=name)
+    tables: dict[str, Any] = {}
+    options: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, cls, has_plugins in TABLES:
+        values = raw.get(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: `{name}` must be a table, written `[{name}]`", param=name)
+        if has_plugins:
+            sub = {k: v for k, v in values.items() if isinstance(v, dict)}
+            options |= {(name, k): v for k, v in sub.items()}
+            values = {k: v for k, v in values.items() if k not in sub}
+        tables[name] = read_table(
+            cls, values, where=f"{path} [{name}]", environ=environ, overrides=(flags or {}).get(name)
+        )
+    tables["middleware"] = MiddlewareConfig(_switched(tables["middleware"].order, environ))
+    return Config(**tables, options=options, file=str(path), environ=environ)
+
+
+def _read_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
+    named = file or (Path(environ["HFMS_CONFIG"]) if environ.get("HFMS_CONFIG") else None)
+    path = named or Path("hfms.toml")
+    if named is None and not path.exists():
+        return path, {}
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path}: is not valid TOML: {exc}") from exc
+
+
+def _switched(order: list[str], environ: Mapping[str, str]) -> list[str]:
+    """The order after the ENABLE_* switches of the original system."""
+    for switch, name in _SWITCHES.items():
+        variable = next((p + switch for p in PREFIXES if p + switch in environ), None)
+        if variable is None:
+            continue
+        text = environ[variable].strip().lower()
+        if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            raise ConfigError(f"{variable} is {text!r}, which is not true or false")
+        if text in ("0", "false", "no", "off"):
+            order = [n for n in order if n != name]
+        elif name not in order:
+            before = _USUAL_ORDER[: _USUAL_ORDER.index(name)]
+            at = max((order.index(n) + 1 for n in before if n in order), default=0)
+            order = [*order[:at], name, *order[at:]]
+    return order

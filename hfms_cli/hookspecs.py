@@ -1,0 +1,218 @@
+"""The hooks, and the contracts of what they yield. This file is all that a plugin author has to read.
+
+A plugin is a module named in the entry-point group `hfms`. Its hooks yield `Provider` records: a name, a factory, and
+the options that the factory takes. `hfms.toml` says which are on and in what order. Hooks are called once, at start;
+none is on the hot path. See `docs/plugins.md` for whole examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import pluggy
+
+from hfms_cli.config import Config
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo, Manifest, ModelCard, ModelName, Probe, Task
+
+if TYPE_CHECKING:
+    import typer
+    from aiohttp import web
+
+    from hfms_cli.errors import HfmsError
+
+hookspec = pluggy.HookspecMarker("hfms")
+hookimpl = pluggy.HookimplMarker("hfms")
+
+T = TypeVar("T", covariant=True)
+Proceed = Callable[[Call], AsyncIterator[Chunk]]
+Progress = Callable[[int, int], None]
+"""Bytes so far and bytes in all."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A plugin without options."""
+
+
+@dataclass(frozen=True)
+class Provider(Generic[T]):
+    """A named record that a hook yields.
+
+    create: takes an instance of `options` where there are any, else nothing; called once, and only if in use.
+    options: a frozen dataclass whose fields are made by `hfms_cli.setting`; read from `[<kind>.<name>]`.
+    """
+
+    name: str
+    create: Callable[..., T]
+    options: type[Any] = NoOptions
+    summary: str = ""
+
+
+class Storage(Protocol):
+    """A place that models come from. Every method may raise an HfmsError, and nothing else."""
+
+    name: str
+
+    def claims(self, name: ModelName) -> bool:
+        """Whether a name could be one of this storage's, judged by its form alone."""
+        ...
+
+    async def find(self, name: ModelName) -> Manifest | None:
+        """What the name stands for; None where this storage does not have it. Fetches no weights."""
+        ...
+
+    async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
+        """The model's folder on this disk, with every file of the manifest in it, whole.
+
+        Verification against the manifest's hashes is the caller's. An interrupted fetch leaves nothing that looks
+        whole.
+        """
+        ...
+
+    async def list(self) -> Sequence[Manifest]:
+        """What is on this disk already."""
+        ...
+
+    async def remove(self, manifest: Manifest) -> None:
+        """Delete a model of `list()`'s from this disk."""
+        ...
+
+
+class Hardware(Protocol):
+    """A kind of device."""
+
+    name: str
+
+    def probe(self) -> Probe:
+        """Devices with their memory as it is now, or why there are none. Quick, and imports nothing heavy."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What an engine is to load. Built in the front, used in the worker process."""
+
+    folder: Path
+    card: ModelCard
+    device: Device
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+class LoadedModel(Protocol):
+    """A model inside its worker process, driven by one thread: receive, step, send.
+
+    No method may block on anything but the device. `step` does a bounded piece of work (one forward pass), so that
+    cancels, new calls and heartbeats are seen between two steps.
+    """
+
+    info: LoadedInfo
+
+    def submit(self, call: Call) -> None:
+        """Take a call. Raises BadRequest and its kin where the call can never be answered."""
+        ...
+
+    def cancel(self, call_id: str) -> None:
+        """Forget a call; unknown ids are ignored."""
+        ...
+
+    def busy(self) -> bool:
+        """Whether `step` would have work to do."""
+        ...
+
+    def step(self) -> list[tuple[str, Chunk | HfmsError | None]]:
+        """One step. For each call id: chunks in order, then None when the call is done, or the error that ended it."""
+        ...
+
+    def waiting(self) -> int:
+        """Calls that were submitted and have not begun."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """Runs models of some formats on some devices."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    def supports(self, card: ModelCard, device: Device) -> str | None:
+        """None, or the reason why not, for people."""
+        ...
+
+    def estimate(self, request: LoadRequest) -> int:
+        """Bytes of the device's memory that the model will take: weights, cache and working space."""
+        ...
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Called in the worker process. Raises LoadFailed, UnsafeFormat or DoesNotFit."""
+        ...
+
+
+class Middleware:
+    """Stands around the HTTP handler, around the call, or both. Override what you need; the rest costs nothing."""
+
+    name: str = ""
+
+    async def http(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Around every HTTP request. Raise an HfmsError to refuse."""
+        return await handler(request)
+
+    def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
+        """Around every model call: an async generator that goes on with `proceed(call)`."""
+        return proceed(call)
+
+    def guards(self) -> bool:
+        """Whether this middleware keeps strangers out. Without one that does, the server stays on loopback."""
+        return False
+
+    def check(self, config: Config) -> Iterable[str]:
+        """Warnings for the start panel. Raise ConfigError to refuse to start."""
+        return ()
+
+    def status(self) -> dict[str, Any]:
+        """This middleware's section of `/status`."""
+        return {}
+
+
+class Hooks:
+    """Every hook there is."""
+
+    @hookspec
+    def hfms_storages(self) -> Iterable[Provider[Storage]]:  # type: ignore[empty-body]
+        """Places that models come from."""
+
+    @hookspec
+    def hfms_hardware(self) -> Iterable[Provider[Hardware]]:  # type: ignore[empty-body]
+        """Kinds of device."""
+
+    @hookspec
+    def hfms_engines(self) -> Iterable[Provider[Engine]]:  # type: ignore[empty-body]
+        """Engines."""
+
+    @hookspec
+    def hfms_middlewares(self) -> Iterable[Provider[Middleware]]:  # type: ignore[empty-body]
+        """Middlewares."""
+
+    @hookspec
+    def hfms_commands(self, app: typer.Typer) -> None:
+        """Add verbs to the command line."""
+
+    @hookspec
+    def hfms_routes(self, app: web.Application) -> None:
+        """Add routes to the server. They stand behind the same middlewares as all others."""
+
+
+# Hooks that yield records: kind, as it is called in `hfms.toml`, and hook.
+KINDS = {
+    "storage": "hfms_storages",
+    "hardware": "hfms_hardware",
+    "engine": "hfms_engines",
+    "middleware": "hfms_middlewares",
+}

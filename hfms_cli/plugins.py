@@ -1,0 +1,157 @@
+"""Entry points -> named records. Every error of a plugin is met here, kept with its name, and shown.
+
+A plugin that cannot be imported, misspells a hook or raises in one costs only itself: the others load, `hfms plugins
+list` says why, and the start fails only where the configuration uses what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from hfms_cli.config import Config
+from hfms_cli.errors import PluginError, close_matches
+from hfms_cli.hookspecs import KINDS, Hooks, NoOptions, Provider
+
+GROUP = "hfms"
+
+
+@dataclass
+class PluginInfo:
+    """One entry point: what it is, what it brings, and why it is off or broken."""
+
+    name: str
+    module: str
+    package: str
+    version: str
+    provides: list[str] = field(default_factory=list)
+    """`kind:name` of each record, and the names of other hooks."""
+    enabled: bool = True
+    error: str | None = None
+
+
+class Plugins:
+    """All plugins of this installation. Make one with `discover`."""
+
+    def __init__(self) -> None:
+        self.infos: list[PluginInfo] = []
+        self._manager = pluggy.PluginManager("hfms")
+        self._manager.add_hookspecs(Hooks)
+        self._records: dict[tuple[str, str], list[tuple[Provider[Any], PluginInfo]]] = {}
+
+    def add(self, info: PluginInfo, module: Any) -> None:
+        """Register a loaded plugin and read its records; a fault is kept in `info.error`."""
+        self.infos.append(info)
+        try:
+            self._refuse_misspelt(module)
+            self._manager.register(module, name=info.name)
+        except Exception as exc:
+            info.error = _reason(exc)
+            return
+        for spec in [h for h in vars(Hooks) if h.startswith("hfms_")]:
+            for impl in getattr(self._manager.hook, spec).get_hookimpls():
+                if impl.plugin is not module:
+                    continue
+                kind = next((k for k, hook in KINDS.items() if hook == spec), None)
+                if kind is None:
+                    info.provides.append(spec)
+                    continue
+                try:
+                    for record in impl.function():
+                        self._add_record(kind, record, info)
+                except Exception as exc:
+                    info.error = f"{spec}: {_reason(exc)}"
+
+    def _refuse_misspelt(self, module: Any) -> None:
+        # pluggy's own check_pending cannot say whose hook it is, and raises for all plugins at once.
+        known = [h for h in vars(Hooks) if h.startswith("hfms_")]
+        for name in vars(module):
+            marked = getattr(getattr(module, name), "hfms_impl", None) is not None
+            if marked and name not in known:
+                near = close_matches(name, known)
+                hint = f"did you mean `{near[0]}`?" if near else f"hooks are {', '.join(known)}"
+                raise PluginError(f"unknown hook `{name}`; {hint}")
+            if name in known and not marked:
+                raise PluginError(f"`{name}` is not marked with @hookimpl, so it would never be called")
+
+    def _add_record(self, kind: str, record: Any, info: PluginInfo) -> None:
+        if not isinstance(record, Provider):
+            raise PluginError(f"yielded {type(record).__name__}, not a Provider")
+        info.provides.append(f"{kind}:{record.name}")
+        self._records.setdefault((kind, record.name), []).append((record, info))
+
+    def names(self, kind: str) -> list[str]:
+        """Names of a kind that can be used."""
+        return [n for (k, n), found in self._records.items() if k == kind and len(found) == 1]
+
+    def record(self, kind: str, name: str) -> Provider[Any]:
+        """The record of that name. Raises PluginError where it is missing, broken or claimed by two plugins."""
+        found = self._records.get((kind, name), [])
+        if len(found) == 1:
+            return found[0][0]
+        if found:
+            who = " and ".join(f"{i.name} ({i.package} {i.version})" for _, i in found)
+            raise PluginError(f"{kind} `{name}` is provided by {who}; disable one under [plugins] disabled", param=name)
+        near = close_matches(name, self.names(kind))
+        hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(self.names(kind)) or 'none'}"
+        broken = [f"{i.name}: {i.error}" for i in self.infos if i.error]
+        also = f" (plugins that failed: {'; '.join(broken)})" if broken else ""
+        raise PluginError(f"[{kind}] names `{name}`, which no plugin provides; {hint}{also}", param=name)
+
+    def create(self, kind: str, name: str, config: Config) -> Any:
+        """Make the object that a record stands for, with its options checked. Raises PluginError, ConfigError."""
+        record = self.record(kind, name)
+        options = config.plugin_options(kind, name, record.options)
+        try:
+            made = record.create() if record.options is NoOptions else record.create(options)
+        except PluginError:
+            raise
+        except Exception as exc:
+            raise PluginError(f"{kind} `{name}` could not be made: {_reason(exc)}", param=name) from exc
+        made.name = name
+        return made
+
+    def check_options(self, config: Config) -> None:
+        """Refuse tables of options that belong to no plugin, or that a plugin's dataclass does not take."""
+        for kind, name in config.options:
+            record = self.record(kind, name)
+            config.plugin_options(kind, name, record.options)
+
+    def call(self, hook: str, argument: Any) -> None:
+        """Call `hfms_commands` or `hfms_routes` on each plugin; one that raises is noted and left out."""
+        for impl in getattr(self._manager.hook, hook).get_hookimpls():
+            try:
+                impl.function(argument)
+            except Exception as exc:
+                info = next(i for i in self.infos if i.name == impl.plugin_name)
+                info.error = f"{hook}: {_reason(exc)}"
+
+
+def discover(config: Config, found: list[EntryPoint] | None = None) -> Plugins:
+    """Load every entry point of the group, each on its own. `found` replaces the installed ones in tests."""
+    plugins = Plugins()
+    points = entry_points(group=GROUP) if found is None else found
+    for point in sorted(points, key=lambda p: p.name):
+        package, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
+        info = PluginInfo(point.name, point.value, package, version)
+        if point.name in config.plugins.disabled:
+            info.enabled = False
+            plugins.infos.append(info)
+            continue
+        try:
+            module = point.load()
+        except BaseException as exc:  # a plugin may call sys.exit at import
+            if isinstance(exc, KeyboardInterrupt):
+                raise
+            info.error = _reason(exc)
+            plugins.infos.append(info)
+            continue
+        plugins.add(info, module)
+    return plugins
+
+
+def _reason(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}" if not isinstance(exc, PluginError) else exc.message

@@ -1,0 +1,199 @@
+"""What travels the two roads: calls and chunks on the one, names, manifests and devices on the other.
+
+Everything here is a msgspec Struct, so that it can cross the wire to an engine's process unchanged.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from msgspec import Struct
+
+__all__ = [
+    "Call",
+    "Caller",
+    "Chunk",
+    "Conversation",
+    "Device",
+    "LoadedInfo",
+    "Manifest",
+    "ModelCard",
+    "ModelFile",
+    "ModelName",
+    "Probe",
+    "Sampling",
+    "Task",
+]
+
+Task = Literal["generate", "embed"]
+FinishReason = Literal["stop", "length"]
+
+
+class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen. Names and meanings are vLLM's."""
+
+    max_tokens: int | None = None
+    """None: as many as the context still holds."""
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A chat, before the model's own template turns it into a prompt."""
+
+    messages: list[dict[str, Any]]
+    template_kwargs: dict[str, Any] | None = None
+
+
+class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who asks, as the middleware that authenticated them says. Never taken from what a client claims."""
+
+    key_id: str | None = None
+    """None: anonymous."""
+    admin: bool = False
+    address: str = ""
+
+
+class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request on its way to an engine: every input, answered `n` times.
+
+    Choice `i * n + k` of the answer is the k-th answer to input `i`.
+    """
+
+    id: str
+    model: str
+    task: Task
+    inputs: list[str | list[int] | Conversation]
+    sampling: Sampling = Sampling()
+    n: int = 1
+    dimensions: int | None = None
+    caller: Caller = Caller()
+
+
+class Chunk(Struct, array_like=True, omit_defaults=True):
+    """What an engine says in one step about one choice of a call."""
+
+    index: int = 0
+    text: str = ""
+    tokens: int = 0
+    """New tokens that this chunk stands for; they are not always visible in `text`."""
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    """Set once an input, on the first chunk that is about it."""
+    vector: bytes | None = None
+    """An embedding: little-endian float32."""
+
+
+class ModelName(Struct, frozen=True):
+    """A model's name, taken apart: `scheme:rest@revision`. Hub names have no scheme; local paths have `path`."""
+
+    scheme: str
+    rest: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        head = self.rest if self.scheme in ("", "path") else f"{self.scheme}:{self.rest}"
+        return f"{head}@{self.revision}" if self.revision else head
+
+
+class ModelFile(Struct, frozen=True):
+    """One file of a model. `path` is relative and POSIX, and never leaves the model's folder."""
+
+    path: str
+    size: int
+    sha256: str | None = None
+    """Lower-case hex; None where the source does not publish one."""
+
+    def safe_path(self) -> PurePosixPath:
+        """The path, or ValueError where it is absolute, climbs out, or holds a NUL or a backslash."""
+        path = PurePosixPath(self.path)
+        bad = path.is_absolute() or ".." in path.parts or not path.parts
+        if bad or "\0" in self.path or "\\" in self.path or ":" in path.parts[0]:
+            raise ValueError(f"unsafe file name {self.path!r}")
+        return path
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What a storage says a name stands for, before any of it is fetched."""
+
+    name: ModelName
+    storage: str
+    revision: str
+    """A commit, a version or a digest: the same revision is always the same bytes."""
+    files: tuple[ModelFile, ...]
+    source: str = ""
+    """Where the files come from, for people: a URL or a folder."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(f.size for f in self.files)
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    """What a model's own files say of it, read without torch."""
+
+    format: Literal["safetensors", "gguf", "pickle", "none"]
+    model_type: str
+    """`config.json`'s `model_type`, or GGUF's `general.architecture`."""
+    architecture: str
+    tasks: tuple[Task, ...]
+    weights_bytes: int
+    parameters: int = 0
+    """0: unknown."""
+    dtype: str = ""
+    context_length: int = 0
+    """0: unknown."""
+    weights: tuple[str, ...] = ()
+    """Weight files, relative to the model's folder."""
+    remote_code: bool = False
+    """The model asks for its own Python code to be run (`auto_map`)."""
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """A device as one hardware plugin sees it. Bytes are of the device's own memory."""
+
+    id: str
+    """`cpu`, `cuda:0`, `rocm:1`, `mps`, `openvino:CPU`."""
+    kind: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    torch_device: str | None = None
+    """What torch calls it (`cuda:0` for a ROCm build, too); None where torch cannot use it."""
+
+
+class Probe(Struct, frozen=True):
+    """Devices, or why there are none."""
+
+    devices: tuple[Device, ...] = ()
+    reason: str | None = None
+
+
+class LoadedInfo(Struct, frozen=True, kw_only=True):
+    """What a worker says of the model that it holds."""
+
+    engine: str
+    device: str
+    dtype: str
+    tasks: tuple[Task, ...]
+    context_length: int
+    max_batch: int
+    """Sequences that can run at once."""
+    memory_bytes: int
+    chat: bool = False
+    """The model has a chat template."""
+    dimensions: int = 0
+    """Of its embeddings; 0 where it makes none."""
