@@ -1,5 +1,6 @@
 """hfms, the Hugging Face model server. What is named here is the public API for plugins; nothing else is."""
 
+from hfms_cli.config import Config
 from hfms_cli.errors import (
     BadRequest,
     ConfigError,
@@ -49,6 +50,7 @@ from hfms_cli.types import (
     ModelName,
     Probe,
     Sampling,
+    Task,
 )
 from hfms_cli.version import __version__
 
@@ -58,6 +60,7 @@ __all__ = [
     "Caller",
     "Chunk",
     "ConfigError",
+    "Config",
     "Conflict",
     "ContextLengthExceeded",
     "Conversation",
@@ -91,6 +94,7 @@ __all__ = [
     "Provider",
     "Sampling",
     "Storage",
+    "Task",
     "Unauthorized",
     "Unavailable",
     "UnsafeFormat",

@@ -6,6 +6,7 @@ Precedence: flag > HFMS_* > HF_SERVER_* > file > default. Options of plugins liv
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfms_cli.errors import ConfigError, close_matches
-from hfms_cli.settings import PREFIXES, read_table, setting
+from hfms_cli.settings import PREFIXES, origins, read_table, setting
 
 __all__ = ["Config", "load_config"]
 
@@ -28,6 +29,14 @@ class ServerConfig:
     insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
     max_body_bytes: int = setting(32 * 2**20, "Longest request body, in bytes.", ge=1024)
     drain_seconds: float = setting(30.0, "How long calls in flight may go on after Ctrl-C or SIGTERM.", ge=0)
+
+    @property
+    def loopback_only(self) -> bool:
+        """Whether only this machine can reach `host`."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ TABLES: tuple[tuple[str, type[Any], bool], ...] = (
 
 # ENABLE_x = true puts a middleware into the order at its usual place, false takes it out.
 _USUAL_ORDER = ("auth", "rate_limit", "cache", "queue", "breaker", "batch")
-_SWITCHES = {
+SWITCHES = {
     "ENABLE_AUTH": "auth",
     "ENABLE_RATE_LIMITING": "rate_limit",
     "ENABLE_CACHING": "cache",
@@ -158,6 +167,12 @@ class Config:
     options: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     file: str = "hfms.toml"
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    origins: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
+    """(table, key) -> where the value comes from: `flag`, variables, `file` or `default`."""
+
+    def order(self, kind: str) -> list[str]:
+        """Names of the plugins of a kind that are in use, in the operator's order."""
+        return self.hardware.preferred if kind == "hardware" else list(getattr(self, kind).order)
 
     def plugin_options(self, kind: str, name: str, table: type[Any]) -> Any:
         """The options of one plugin, read by its own dataclass. Raises ConfigError."""
@@ -195,6 +210,7 @@ def load_config(
             raise ConfigError(f"{path}: unknown table `[{name}]`; {hint}", param=name)
     tables: dict[str, Any] = {}
     options: dict[tuple[str, str], dict[str, Any]] = {}
+    sources: dict[tuple[str, str], str] = {}
     for name, cls, has_plugins in TABLES:
         values = raw.get(name, {})
         if not isinstance(values, dict):
@@ -203,11 +219,14 @@ def load_config(
             sub = {k: v for k, v in values.items() if isinstance(v, dict)}
             options |= {(name, k): v for k, v in sub.items()}
             values = {k: v for k, v in values.items() if k not in sub}
-        tables[name] = read_table(
-            cls, values, where=f"{path} [{name}]", environ=environ, overrides=(flags or {}).get(name)
-        )
-    tables["middleware"] = MiddlewareConfig(_switched(tables["middleware"].order, environ))
-    return Config(**tables, options=options, file=str(path), environ=environ)
+        given = (flags or {}).get(name)
+        tables[name] = read_table(cls, values, where=f"{path} [{name}]", environ=environ, overrides=given)
+        found = origins(cls, values, environ=environ, overrides=given)
+        sources |= {(name, key): origin for key, origin in found.items()}
+    order, switches = _switched(tables["middleware"].order, environ)
+    tables["middleware"] = MiddlewareConfig(order)
+    sources["middleware", "order"] = ", ".join([sources["middleware", "order"], *switches])
+    return Config(**tables, options=options, file=str(path), environ=environ, origins=sources)
 
 
 def _read_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
@@ -225,12 +244,14 @@ def _read_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dic
         raise ConfigError(f"{path}: is not valid TOML: {exc}") from exc
 
 
-def _switched(order: list[str], environ: Mapping[str, str]) -> list[str]:
-    """The order after the ENABLE_* switches of the original system."""
-    for switch, name in _SWITCHES.items():
+def _switched(order: list[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The order after the ENABLE_* switches of the original system, and the switches that were set."""
+    seen = []
+    for switch, name in SWITCHES.items():
         variable = next((p + switch for p in PREFIXES if p + switch in environ), None)
         if variable is None:
             continue
+        seen.append(variable)
         text = environ[variable].strip().lower()
         if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
             raise ConfigError(f"{variable} is {text!r}, which is not true or false")
@@ -240,4 +261,4 @@ def _switched(order: list[str], environ: Mapping[str, str]) -> list[str]:
             before = _USUAL_ORDER[: _USUAL_ORDER.index(name)]
             at = max((order.index(n) + 1 for n in before if n in order), default=0)
             order = [*order[:at], name, *order[at:]]
-    return order
+    return order, seen

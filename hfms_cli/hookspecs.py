@@ -7,6 +7,7 @@ none is on the hot path. See `docs/plugins.md` for whole examples.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import pluggy
 
 from hfms_cli.config import Config
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo, Manifest, ModelCard, ModelName, Probe, Task
+from hfms_cli.types import Call, Caller, Chunk, Device, LoadedInfo, Manifest, ModelCard, ModelName, Probe, Task
 
 if TYPE_CHECKING:
     import typer
@@ -153,6 +154,14 @@ class Engine(Protocol):
         ...
 
 
+@functools.cache
+def caller_key() -> web.RequestKey[Caller]:
+    """Under which a request holds who sent it; made on first use, since aiohttp takes long to import."""
+    from aiohttp import web
+
+    return web.RequestKey("caller", Caller)
+
+
 class Middleware:
     """Stands around the HTTP handler, around the call, or both. Override what you need; the rest costs nothing."""
 
@@ -167,6 +176,11 @@ class Middleware:
     def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
         """Around every model call: an async generator that goes on with `proceed(call)`."""
         return proceed(call)
+
+    @staticmethod
+    def identify(request: web.Request, caller: Caller) -> None:
+        """Say who sent a request; everything further down believes it."""
+        request[caller_key()] = caller
 
     def guards(self) -> bool:
         """Whether this middleware keeps strangers out. Without one that does, the server stays on loopback."""

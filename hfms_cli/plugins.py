@@ -6,6 +6,9 @@ list` says why, and the start fails only where the configuration uses what is mi
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pluggy
 
 from hfms_cli.config import Config
-from hfms_cli.errors import PluginError, close_matches
+from hfms_cli.errors import PluginError, StartupError, close_matches
 from hfms_cli.hookspecs import KINDS, Hooks, NoOptions, Provider
 
 GROUP = "hfms"
@@ -47,7 +50,8 @@ class Plugins:
         self.infos.append(info)
         try:
             self._refuse_misspelt(module)
-            self._manager.register(module, name=info.name)
+            # Two packages may use one entry-point name; what must differ is what they provide.
+            self._manager.register(module, name=f"{info.package}:{info.name}")
         except Exception as exc:
             info.error = _reason(exc)
             return
@@ -62,24 +66,31 @@ class Plugins:
                 try:
                     for record in impl.function():
                         self._add_record(kind, record, info)
-                except Exception as exc:
+                except (Exception, SystemExit) as exc:
                     info.error = f"{spec}: {_reason(exc)}"
 
     def _refuse_misspelt(self, module: Any) -> None:
         # pluggy's own check_pending cannot say whose hook it is, and raises for all plugins at once.
         known = [h for h in vars(Hooks) if h.startswith("hfms_")]
-        for name in vars(module):
-            marked = getattr(getattr(module, name), "hfms_impl", None) is not None
-            if marked and name not in known:
+        found = False
+        for name, value in vars(module).items():
+            marked = getattr(value, "hfms_impl", None) is not None
+            meant = inspect.isfunction(value) and name.startswith("hfms_")
+            if (marked or meant) and name not in known:
                 near = close_matches(name, known)
                 hint = f"did you mean `{near[0]}`?" if near else f"hooks are {', '.join(known)}"
                 raise PluginError(f"unknown hook `{name}`; {hint}")
-            if name in known and not marked:
+            if meant and not marked:
                 raise PluginError(f"`{name}` is not marked with @hookimpl, so it would never be called")
+            found = found or marked
+        if not found:
+            raise PluginError(f"has no hooks; there are {', '.join(known)}")
 
     def _add_record(self, kind: str, record: Any, info: PluginInfo) -> None:
         if not isinstance(record, Provider):
             raise PluginError(f"yielded {type(record).__name__}, not a Provider")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", record.name):
+            raise PluginError(f"{record.name!r} cannot be a name: only letters, digits, `-` and `_` can")
         info.provides.append(f"{kind}:{record.name}")
         self._records.setdefault((kind, record.name), []).append((record, info))
 
@@ -107,26 +118,37 @@ class Plugins:
         options = config.plugin_options(kind, name, record.options)
         try:
             made = record.create() if record.options is NoOptions else record.create(options)
-        except PluginError:
+        except StartupError:
             raise
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             raise PluginError(f"{kind} `{name}` could not be made: {_reason(exc)}", param=name) from exc
         made.name = name
         return made
 
-    def check_options(self, config: Config) -> None:
-        """Refuse tables of options that belong to no plugin, or that a plugin's dataclass does not take."""
-        for kind, name in config.options:
-            record = self.record(kind, name)
-            config.plugin_options(kind, name, record.options)
+    def faults(self, config: Config) -> Iterator[StartupError]:
+        """What the configuration asks of plugins and cannot get: names in an order, tables of options, their values."""
+        for kind in KINDS:
+            listed = config.order(kind)
+            # An empty table asks for nothing, and is what `hfms config init` writes for each plugin.
+            tables = [name for k, name in config.options if k == kind and config.options[k, name]]
+            for name in dict.fromkeys([*listed, *tables]):
+                try:
+                    config.plugin_options(kind, name, self.record(kind, name).options)
+                except StartupError as exc:
+                    yield exc
+
+    def check(self, config: Config) -> None:
+        """Raise the first of `faults`, so that a start stops before anything is loaded."""
+        for fault in self.faults(config):
+            raise fault
 
     def call(self, hook: str, argument: Any) -> None:
         """Call `hfms_commands` or `hfms_routes` on each plugin; one that raises is noted and left out."""
         for impl in getattr(self._manager.hook, hook).get_hookimpls():
             try:
                 impl.function(argument)
-            except Exception as exc:
-                info = next(i for i in self.infos if i.name == impl.plugin_name)
+            except (Exception, SystemExit) as exc:
+                info = next(i for i in self.infos if f"{i.package}:{i.name}" == impl.plugin_name)
                 info.error = f"{hook}: {_reason(exc)}"
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from hfms_cli.errors import ConfigError, close_matches
 
-__all__ = ["describe", "read_table", "setting", "settings_of"]
+__all__ = ["describe", "origins", "read_table", "setting", "settings_of"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,11 @@ class Setting:
     le: float | None
     choices: tuple[str, ...]
     secret: bool
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The variables that it is read from, the strongest first."""
+        return tuple(prefix + self.env for prefix in PREFIXES) if self.env else ()
 
 
 def settings_of(table: type[Any]) -> Iterator[Setting]:
@@ -123,16 +128,36 @@ def read_table(
             hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known) or 'none'}"
             raise ConfigError(f"{where}: unknown key `{key}`{hint}", param=key)
     chosen: dict[str, Any] = {}
+    overrides = overrides or {}
     for name, s in known.items():
-        flag = (overrides or {}).get(name)
-        variable = next((p + s.env for p in PREFIXES if s.env and p + s.env in environ), None)
-        if flag is not None:
-            chosen[name] = _convert(s, flag, source=f"--{name.replace('_', '-')}")
-        elif variable is not None:
-            chosen[name] = _convert(s, _from_text(s, environ[variable]), source=variable)
-        elif name in values:
-            chosen[name] = _convert(s, values[name], source=f"{where}: `{name}`")
+        match _origin(s, values, environ, overrides):
+            case "default":
+                continue
+            case "flag":
+                chosen[name] = _convert(s, overrides[name], source=f"--{(s.env or name).lower().replace('_', '-')}")
+            case "file":
+                chosen[name] = _convert(s, values[name], source=f"{where}: `{name}`")
+            case variable:
+                chosen[name] = _convert(s, _from_text(s, environ[variable]), source=variable)
     return table(**chosen)
+
+
+def origins(
+    table: type[Any],
+    values: Mapping[str, Any],
+    *,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Where `read_table` takes each setting from: `flag`, the name of a variable, `file` or `default`."""
+    return {s.name: _origin(s, values, environ, overrides or {}) for s in settings_of(table)}
+
+
+def _origin(s: Setting, values: Mapping[str, Any], environ: Mapping[str, str], overrides: Mapping[str, Any]) -> str:
+    if overrides.get(s.name) is not None:
+        return "flag"
+    variable = next((v for v in s.variables if v in environ), None)
+    return variable or ("file" if s.name in values else "default")
 
 
 def _from_text(s: Setting, text: str) -> Any:

@@ -1,1 +1,1 @@
-
+"""HTTP: all JSON is made and read here, and nowhere below."""

@@ -1,1 +1,20 @@
-"""First-party plugins."""
+"""Engines that come with hfms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hfms_cli import Engine, Provider, Storage, hookimpl
+from hfms_engines.echo import EchoEngine, EchoOptions, EchoStorage
+from hfms_engines.embeddings import Embeddings, EmbeddingsOptions
+
+
+@hookimpl
+def hfms_engines() -> Iterator[Provider[Engine]]:
+    yield Provider("echo", EchoEngine, EchoOptions, summary="Answers with the prompt: for tests and measurements.")
+    yield Provider("embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings, as sentence-transformers.")
+
+
+@hookimpl
+def hfms_storages() -> Iterator[Provider[Storage]]:
+    yield Provider("echo", EchoStorage, summary="The models of the echo engine: `echo:NAME`.")

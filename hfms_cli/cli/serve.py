@@ -1,0 +1,174 @@
+"""`hfms serve`: build the server, listen, load the models, and drain when asked to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hfms_cli.config import Config
+    from hfms_cli.serving.runtime import Runtime
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Models to load: org/name, a folder, a .gguf file, package:NAME."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond loopback although no key is configured.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration file.", metavar="FILE")] = None,
+) -> None:
+    """Serve models over the OpenAI API until Ctrl-C; a second Ctrl-C does not wait for calls in flight."""
+    from hfms_cli.config import load_config
+
+    settings = load_config(
+        config,
+        flags={
+            "server": {"host": host, "port": port, "insecure": insecure},
+            "models": {"serve": models or None, "dtype": dtype},
+            "log": {"level": log_level},
+        },
+    )
+    try:
+        from uvloop import run
+    except ImportError:  # not on Windows
+        from asyncio import run
+    run(_serve(settings))
+
+
+async def _serve(config: Config) -> None:
+    from aiohttp import web
+    from rich.console import Console
+
+    from hfms_cli.errors import BadRequest, ConfigError
+    from hfms_cli.models import names
+    from hfms_cli.plugins import discover
+    from hfms_cli.serving.runtime import Runtime
+    from hfms_cli.telemetry import logs
+    from hfms_cli.web.app import build_app
+
+    logs.configure(config.log)
+    console = Console()
+    for name in config.models.serve:
+        try:
+            names.parse(name)  # a misspelt name is told before anything starts
+        except BadRequest as exc:
+            raise ConfigError(exc.message, param="serve") from exc
+    runtime = Runtime.build(config, discover(config))
+    # A disconnect must end the generation within a step, so handlers are cancelled; the access line is our own.
+    runner = web.AppRunner(build_app(runtime), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, config.server.host, config.server.port)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {config.server.host}:{config.server.port}: {exc.strerror or exc}; choose another "
+                "with --host and --port",
+                param="port",
+            ) from exc
+        stop = _on_signals(console)
+        loads = [runtime.pool.begin(name) for name in config.models.serve]
+        host, port = runner.addresses[0][:2]
+        _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        announce = asyncio.create_task(_announce(console, runtime, [m.id for m in loads]))
+        await stop.first.wait()
+        announce.cancel()
+        await _drain(console, runtime, stop.second, config.server.drain_seconds)
+    finally:
+        await runtime.close()
+        await runner.cleanup()
+
+
+class _Stop:
+    """Set by the first and by the second Ctrl-C or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def pressed(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+def _on_signals(console: Console) -> _Stop:
+    stop = _Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop.pressed)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.pressed))
+    return stop
+
+
+async def _drain(console: Console, runtime: Runtime, second: asyncio.Event, seconds: float) -> None:
+    """Refuse new calls and let those in flight finish, until time is up or Ctrl-C comes again."""
+    runtime.draining = True
+    deadline = asyncio.get_running_loop().time() + seconds
+    if runtime.in_flight:
+        console.print(f"Stopping: {runtime.in_flight} calls in flight; Ctrl-C again stops at once.")
+    while runtime.in_flight and not second.is_set() and asyncio.get_running_loop().time() < deadline:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(second.wait(), 0.05)
+
+
+async def _announce(console: Console, runtime: Runtime, ids: list[str]) -> None:
+    """Say how each load ended."""
+    for model_id in ids:
+        model = runtime.pool.find(model_id)
+        if model is None:
+            continue
+        try:
+            await asyncio.shield(model.ready)
+        except Exception as exc:
+            console.print(f"[red]failed[/] {model_id}: {exc}", highlight=False, soft_wrap=True)
+        else:
+            info = model.host_now().info
+            console.print(
+                f"[green]ready[/]  {model_id}: {info.engine} on {info.device}, {info.dtype}, context "
+                f"{info.context_length}, {model.load_seconds:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _panel(console: Console, runtime: Runtime, url: str) -> None:
+    """What an operator wants to see at the start."""
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    from hfms_cli.models.ledger import human
+
+    config = runtime.config
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    rows.add_row("URL", f"{url}/v1")
+    rows.add_row("Models", escape("\n".join(config.models.serve)) or "none yet: POST /models/load, or hfms models load")
+    devices = [
+        f"{d['id']}  {d['name']}, {human(d['free_bytes'])} free of {human(d['total_bytes'])}"
+        for kind in runtime.probe()
+        for d in kind["devices"]
+    ]
+    rows.add_row("Devices", escape("\n".join(devices)) or "none")
+    rows.add_row("Middleware", " → ".join(config.middleware.order) or "none")
+    rows.add_row("Config", config.file if Path(config.file).exists() else "defaults (hfms config init writes a file)")
+    for warning in runtime.warnings:
+        rows.add_row("[yellow]Warning[/]", escape(warning))
+    console.print(Panel(rows, title="hfms", title_align="left", expand=False))

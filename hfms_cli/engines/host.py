@@ -1,0 +1,258 @@
+"""The front's side of one engine process: start it, talk to it, notice when it is gone.
+
+A host is one process and never a second one: when it has ended it stays ended, and whoever wants the model back starts
+another. What a caller sees is `submit`, an async iterator of chunks; leaving it early cancels the call in the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from hfms_cli.engines import wire
+from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
+from hfms_cli.hookspecs import LoadRequest
+from hfms_cli.types import Call, Chunk, LoadedInfo
+
+log = structlog.get_logger("hfms.engine")
+
+MAX_LINE = 16_384
+"""Bytes of one line of a worker's stderr that are kept."""
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """What a host needs to know beyond the model."""
+
+    engine: str
+    engine_options: dict[str, Any]
+    config_file: str
+    disabled_plugins: list[str]
+    max_calls: int = 256
+    heartbeat_seconds: float = 60.0
+    load_seconds: float = 600.0
+
+
+class EngineHost:
+    """A running engine process. Make one with `start`."""
+
+    info: LoadedInfo
+
+    def __init__(self, model: str, options: HostOptions) -> None:
+        self.model = model
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolves to the reason when the process is gone, expected or not."""
+        self.waiting = 0
+        self.memory_bytes = 0
+        self.pid = 0
+        self._options = options
+        self._calls: dict[str, asyncio.Queue[Chunk | HfmsError | None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._last_beat = self._loop.time()
+        self._stderr: deque[str] = deque(maxlen=20)
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._process: asyncio.subprocess.Process
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+        self._stderr_task: asyncio.Task[None]
+
+    @classmethod
+    async def start(cls, model: str, request: LoadRequest, options: HostOptions) -> EngineHost:
+        """Start a process and load the model in it. Raises LoadFailed and what else the engine says."""
+        host = cls(model, options)
+        try:
+            await host._spawn()
+            host._send(
+                wire.Load(
+                    engine=options.engine,
+                    folder=str(request.folder),
+                    card=request.card,
+                    device=request.device,
+                    dtype=request.dtype,
+                    trust_remote_code=request.trust_remote_code,
+                    options=options.engine_options,
+                    config_file=options.config_file,
+                    disabled_plugins=options.disabled_plugins,
+                )
+            )
+            async with asyncio.timeout(options.load_seconds):
+                first = await host._read()
+        except TimeoutError:
+            await host.kill("the load took too long")
+            raise LoadFailed(
+                f"loading {model} took longer than {options.load_seconds:g} s ([models] load_seconds)"
+            ) from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            reason = await host._reap()
+            raise LoadFailed(f"the engine process ended while it loaded {model}: {reason}") from None
+        except BaseException:
+            await host.kill("the load was cancelled")
+            raise
+        if isinstance(first, wire.Failed):
+            host._closing = True  # it ends by itself, as it should
+            await host._reap()
+            raise first.fault.error()
+        assert isinstance(first, wire.Loaded)
+        host.info = first.info
+        host._last_beat = host._loop.time()
+        host._tasks.append(asyncio.create_task(host._receive(), name=f"receive {model}"))
+        host._tasks.append(asyncio.create_task(host._watch(), name=f"watch {model}"))
+        return host
+
+    # The call's side.
+
+    async def submit(self, call: Call) -> AsyncIterator[Chunk]:
+        """Chunks of all choices, as they are made. Raises what the engine raised; EngineDied if it is gone."""
+        if self.ended.done():
+            raise self._died()
+        if len(self._calls) >= self._options.max_calls:
+            raise Overloaded(f"{self.model} already holds {len(self._calls)} calls; try again later.", retry_after=1.0)
+        queue: asyncio.Queue[Chunk | HfmsError | None] = asyncio.Queue()
+        self._calls[call.id] = queue
+        finished = False
+        try:
+            self._send(wire.Submit(call))
+            while True:
+                outcome = await queue.get()
+                if isinstance(outcome, Chunk):
+                    yield outcome
+                    continue
+                finished = True
+                if outcome is None:
+                    return
+                raise outcome
+        finally:
+            del self._calls[call.id]
+            if not finished and not self.ended.done():
+                self._send(wire.Cancel(call.id))
+
+    @property
+    def running(self) -> int:
+        """Calls in the worker, waiting ones too."""
+        return len(self._calls)
+
+    def alive(self) -> bool:
+        """Whether the engine's own loop has been heard of lately."""
+        silent = self._loop.time() - self._last_beat
+        return not self.ended.done() and silent < self._options.heartbeat_seconds
+
+    # The process's side.
+
+    async def close(self, grace: float = 5.0) -> None:
+        """Ask the process to end, and end it after `grace` seconds. All of its memory is free afterwards."""
+        if self.ended.done():
+            return
+        self._closing = True
+        self._send(wire.Close())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self.ended), grace)
+        await self.kill("closed")
+
+    async def kill(self, reason: str) -> None:
+        """End the process now."""
+        if not self.ended.done() and self.pid:
+            self._stderr.append(reason)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._reap()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        # A worker needs no key of ours, and a model's own code could read them there.
+        environ = {k: v for k, v in os.environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET"))}
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "hfms_cli.engines.worker", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C in the terminal must not reach it
+                env=environ,
+            )
+        self.pid = self._process.pid
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
+
+    def _send(self, frame: wire.ToWorker) -> None:
+        self._writer.write(wire.pack(frame))
+
+    async def _read(self) -> wire.ToFront:
+        header = await self._reader.readexactly(wire.HEADER.size)
+        frame: wire.ToFront = wire.decode_for_front(await self._reader.readexactly(*wire.HEADER.unpack(header)))
+        return frame
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                step = await self._read()
+                assert isinstance(step, wire.Step)
+                self._last_beat = self._loop.time()
+                self.waiting, self.memory_bytes = step.waiting, step.memory_bytes
+                for event in step.events:
+                    if queue := self._calls.get(event.call_id):
+                        queue.put_nowait(event.fault.error() if event.fault else event.chunk)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            await self._reap()
+
+    async def _watch(self) -> None:
+        """End a process whose loop has fallen silent: a hang looks like nothing else from here."""
+        limit = self._options.heartbeat_seconds
+        while (silent := self._loop.time() - self._last_beat) < limit:
+            await asyncio.sleep(limit - silent)  # noqa: ASYNC110 - an event a beat would cost one a step
+        await self.kill(f"its loop was silent for {limit:g} s")
+
+    async def _reap(self) -> str:
+        """Wait for the process, tell every call, and give the reason."""
+        code = await self._process.wait()
+        with contextlib.suppress(TimeoutError):  # a grandchild may hold the pipe open
+            await asyncio.wait_for(asyncio.shield(self._stderr_task), 1.0)
+        if self.ended.done():
+            return self.ended.result()
+        self._writer.close()
+        self.ended.set_result(self._reason(code))
+        if not self._closing:
+            log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())
+        for queue in self._calls.values():
+            queue.put_nowait(self._died())
+        return self.ended.result()
+
+    def _reason(self, code: int) -> str:
+        said = f": {self._stderr[-1]}" if self._stderr else ""
+        if code == -signal.SIGKILL and not said:
+            said = ": killed; if nobody did this, the machine was out of memory"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return how + said
+
+    def _died(self) -> EngineDied:
+        # The reason is for the log and for operators: a worker's last line may name paths.
+        return EngineDied(f"The engine of {self.model} ended before the answer was complete.", retry_after=2.0)
+
+    async def _relay(self) -> None:
+        """The worker's stderr, into our log; a line without an end is cut, not waited for."""
+        assert self._process.stderr is not None
+        rest = b""
+        while data := await self._process.stderr.read(4096):
+            *lines, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
+            if len(rest) > MAX_LINE:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                if text := line.decode(errors="replace").rstrip():
+                    self._stderr.append(text)
+                    log.info("engine says", model=self.model, line=text)

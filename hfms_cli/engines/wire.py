@@ -1,0 +1,101 @@
+"""The frames between the front and an engine's process: four bytes of length, then msgpack.
+
+One `Step` carries everything that one forward pass produced for all calls, so the cost of the wire does not grow with
+the number of tokens in a step. A `Step` without events is a heartbeat.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from hfms_cli.errors import HfmsError, from_wire
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard
+
+HEADER = struct.Struct("<I")
+
+
+class Load(Struct, tag=True, kw_only=True):
+    """First frame: which engine, and which model. The plugins' settings come along, since flags may have set them."""
+
+    engine: str
+    folder: str
+    card: ModelCard
+    device: Device
+    dtype: str
+    trust_remote_code: bool
+    options: dict[str, Any]
+    """The table `[engine.<name>]`, unread."""
+    config_file: str
+    disabled_plugins: list[str]
+
+
+class Submit(Struct, tag=True):
+    call: Call
+
+
+class Cancel(Struct, tag=True):
+    call_id: str
+
+
+class Close(Struct, tag=True):
+    """Finish: the worker closes its model and exits with status 0."""
+
+
+class Fault(Struct, array_like=True):
+    """An HfmsError on its way to the front."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: HfmsError) -> Fault:
+        return cls(type(error).__name__, error.message, error.param, error.retry_after)
+
+    def error(self) -> HfmsError:
+        return from_wire(self.kind, self.message, self.param, self.retry_after)
+
+
+class Event(Struct, array_like=True, omit_defaults=True):
+    """About one call: a chunk, or the fault that ended it, or (neither) that it is done."""
+
+    call_id: str
+    chunk: Chunk | None = None
+    fault: Fault | None = None
+
+
+class Loaded(Struct, tag=True):
+    info: LoadedInfo
+
+
+class Failed(Struct, tag=True):
+    """The model could not be loaded; the worker exits."""
+
+    fault: Fault
+
+
+class Step(Struct, tag=True):
+    events: list[Event]
+    waiting: int
+    """Calls that have not begun."""
+    memory_bytes: int
+    """Resident memory of the worker's process."""
+
+
+ToWorker = Load | Submit | Cancel | Close
+ToFront = Loaded | Failed | Step
+
+_encoder = msgspec.msgpack.Encoder()
+decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_for_front = msgspec.msgpack.Decoder(ToFront).decode
+
+
+def pack(frame: ToWorker | ToFront) -> bytes:
+    """The frame with its length in front."""
+    body = _encoder.encode(frame)
+    return HEADER.pack(len(body)) + body

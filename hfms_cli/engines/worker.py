@@ -1,0 +1,149 @@
+"""The process that holds one model. Its life: load, then receive, step, send, until the front closes it or is gone.
+
+One thread runs the model. A second one only reads frames, so that the front is never blocked by a long step, and ends
+the process when the front's end of the socket closes, however the front died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import psutil
+
+from hfms_cli.config import Config, PluginsConfig
+from hfms_cli.engines import wire
+from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
+from hfms_cli.hookspecs import LoadedModel, LoadRequest
+from hfms_cli.plugins import discover
+from hfms_cli.types import Chunk
+
+BEAT_SECONDS = 1.0
+"""How often an idle worker says that it lives."""
+
+
+class Link:
+    """The worker's end of the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._inbox: SimpleQueue[wire.ToWorker] = SimpleQueue()
+        self._process = psutil.Process()
+        self._memory, self._memory_at = self._process.memory_info().rss, time.monotonic()
+        threading.Thread(target=self._read, name="front", daemon=True).start()
+
+    def _read(self) -> None:
+        with self._sock.makefile("rb") as stream:
+            while header := stream.read(wire.HEADER.size):
+                self._inbox.put(wire.decode_for_worker(stream.read(*wire.HEADER.unpack(header))))
+        # The front is gone: nobody is left to answer, and the model's memory belongs to others now.
+        os._exit(0)
+
+    def receive(self, timeout: float) -> list[wire.ToWorker]:
+        """Frames that have arrived; waits up to `timeout` seconds for the first."""
+        frames = []
+        try:
+            frames.append(self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait())
+            while True:
+                frames.append(self._inbox.get_nowait())
+        except Empty:
+            return frames
+
+    def first(self) -> Any:
+        """The frame that the front opens with."""
+        return self._inbox.get()
+
+    def send(self, frame: wire.ToFront) -> None:
+        self._sock.sendall(wire.pack(frame))
+
+    def memory(self) -> int:
+        """Resident bytes, read at most once a beat: it costs more than a small step."""
+        if time.monotonic() - self._memory_at > BEAT_SECONDS:
+            self._memory, self._memory_at = self._process.memory_info().rss, time.monotonic()
+        return self._memory
+
+
+def load(order: wire.Load) -> LoadedModel:
+    """Make the engine by its plugin and let it load the model."""
+    config = Config(
+        options={("engine", order.engine): order.options},
+        plugins=PluginsConfig(disabled=order.disabled_plugins),
+        file=order.config_file,
+        environ=os.environ,
+    )
+    plugins = discover(config)
+    request = LoadRequest(
+        folder=Path(order.folder),
+        card=order.card,
+        device=order.device,
+        dtype=order.dtype,
+        trust_remote_code=order.trust_remote_code,
+    )
+    model: LoadedModel = plugins.create("engine", order.engine, config).load(request)
+    return model
+
+
+def serve(model: LoadedModel, link: Link) -> None:
+    """Receive, step, send. An exception that `step` lets out ends the process: its state cannot be trusted."""
+    while True:
+        events: list[wire.Event] = []
+        for frame in link.receive(timeout=0 if model.busy() else BEAT_SECONDS):
+            match frame:
+                case wire.Submit(call):
+                    try:
+                        model.submit(call)
+                    except Exception as exc:
+                        events.append(wire.Event(call.id, fault=_fault(exc)))
+                case wire.Cancel(call_id):
+                    model.cancel(call_id)
+                case wire.Close():
+                    model.close()
+                    return
+        if model.busy():
+            events += [_event(call_id, outcome) for call_id, outcome in model.step()]
+        link.send(wire.Step(events, model.waiting(), link.memory()))
+
+
+def _event(call_id: str, outcome: Chunk | HfmsError | None) -> wire.Event:
+    if isinstance(outcome, HfmsError):
+        return wire.Event(call_id, fault=wire.Fault.of(outcome))
+    return wire.Event(call_id, chunk=outcome)
+
+
+def _fault(exc: Exception) -> wire.Fault:
+    """An unexpected exception is told in the log and not to the caller: it may hold a prompt or a path."""
+    if not isinstance(exc, HfmsError):
+        traceback.print_exc()
+        exc = EngineFault("The engine could not take this call.")
+    return wire.Fault.of(exc)
+
+
+def main() -> None:
+    """Entry point: `python -m hfms_cli.engines.worker FD`, where FD is a connected Unix socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle: it drains first
+    os.dup2(2, 1)  # libraries print; the front relays stderr into its log
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        model = load(link.first())
+    except Exception as exc:
+        if not isinstance(exc, HfmsError):
+            traceback.print_exc()
+            exc = LoadFailed(f"{type(exc).__name__}: {exc}")
+        elif isinstance(exc, BadRequest | StartupError):
+            exc = LoadFailed(exc.message)
+        link.send(wire.Failed(wire.Fault.of(exc)))
+        sys.exit(1)
+    link.send(wire.Loaded(model.info))
+    serve(model, link)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""How much of each device's memory is spoken for, so that two loads cannot both count on the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfms_cli.errors import DoesNotFit
+from hfms_cli.types import Device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass
+class Reservation:
+    """Bytes that a model may take. What it has taken already shows in the device's free memory by itself."""
+
+    device_id: str
+    size: int
+    taken: Callable[[], int] = lambda: 0
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes promised and not yet taken."""
+        return max(0, self.size - self.taken())
+
+
+class Ledger:
+    """Reservations by device."""
+
+    def __init__(self) -> None:
+        self._reservations: list[Reservation] = []
+
+    def available(self, device: Device) -> int:
+        """Bytes that a new model can count on, by the device's own measure and what others were promised."""
+        promised = sum(r.outstanding for r in self._reservations if r.device_id == device.id)
+        return device.free_bytes - promised
+
+    def reserve(self, device: Device, size: int) -> Reservation:
+        """Promise `size` bytes until `release`. Raises DoesNotFit, saying what is missing."""
+        available = self.available(device)
+        if size > available:
+            raise DoesNotFit(
+                f"The model needs {human(size)} on {device.id}, which has {human(max(0, available))} left of "
+                f"{human(device.total_bytes)}. Unload another model, or choose a smaller one or precision."
+            )
+        reservation = Reservation(device.id, size)
+        self._reservations.append(reservation)
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        self._reservations.remove(reservation)
+
+    @contextmanager
+    def reserved_if_loaded(self, device: Device, size: int) -> Iterator[Reservation]:
+        """A reservation that outlives the block only if the block succeeds."""
+        reservation = self.reserve(device, size)
+        try:
+            yield reservation
+        except BaseException:
+            self.release(reservation)
+            raise
+
+
+def human(size: float) -> str:
+    """Bytes for people: `1.4 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,134 @@
+"""The model's road: name -> storage -> verified files -> card -> engine and device -> memory -> process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfms_cli.config import Config
+from hfms_cli.engines.host import EngineHost, HostOptions
+from hfms_cli.errors import BadRequest, LoadFailed, UnsafeFormat
+from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress
+from hfms_cli.models.inspect import inspect
+from hfms_cli.models.ledger import Ledger, Reservation
+from hfms_cli.models.router import Router
+from hfms_cli.types import Device, Manifest, ModelCard, ModelName
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What whoever loads a model may ask for; None leaves it to the configuration."""
+
+    device: str | None = None
+    """A kind (`cuda`) or one device (`cuda:1`)."""
+    engine: str | None = None
+    dtype: str | None = None
+
+
+@dataclass
+class Placement:
+    """A verified model with its engine and device chosen; `start` may be called again after the process died."""
+
+    manifest: Manifest
+    card: ModelCard
+    engine: Engine
+    request: LoadRequest
+    size: int
+    """Bytes that the engine expects to take."""
+
+
+class Loader:
+    """Takes a model from its name to a running engine process."""
+
+    def __init__(
+        self,
+        config: Config,
+        router: Router,
+        engines: Sequence[Engine],
+        hardware: Sequence[Hardware],
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.router = router
+        self.ledger = ledger or Ledger()
+        self._config = config
+        self._engines = engines
+        self._hardware = hardware
+
+    async def place(self, name: ModelName, wish: Wish, progress: Progress) -> Placement:
+        """Fetch, verify and read the model, then choose. Loads nothing. Raises HfmsError."""
+        manifest, folder = await self.router.pull(name, progress)
+        card = inspect(folder)
+        self._refuse_unsafe(card)
+        return self._choose(manifest, folder, card, wish)
+
+    async def start(self, model: str, placement: Placement) -> tuple[EngineHost, Reservation]:
+        """Start the engine's process with the memory it needs set aside. Raises DoesNotFit, LoadFailed."""
+        device = self._now(placement.request.device)
+        with self.ledger.reserved_if_loaded(device, placement.size) as reservation:
+            host = await EngineHost.start(model, placement.request, self._host_options(placement.engine))
+            reservation.taken = lambda: host.memory_bytes if device.kind == "cpu" else host.info.memory_bytes
+            return host, reservation
+
+    def devices(self) -> list[Device]:
+        """Every device, best kind first, with its memory as it is now."""
+        return [device for hardware in self._hardware for device in hardware.probe().devices]
+
+    def _refuse_unsafe(self, card: ModelCard) -> None:
+        if card.format == "pickle" and not self._config.models.allow_pickle:
+            raise UnsafeFormat(
+                "This model comes only as pickled weights, which can hide code. Ask its makers for safetensors, or "
+                "set [models] allow_pickle = true."
+            )
+        if card.remote_code and not self._config.models.trust_remote_code:
+            raise UnsafeFormat(
+                "This model asks to run Python code of its own. Read that code, then set [models] "
+                "trust_remote_code = true."
+            )
+
+    def _choose(self, manifest: Manifest, folder: Path, card: ModelCard, wish: Wish) -> Placement:
+        """The first device, in the operator's order, that an engine supports and that has room."""
+        devices = [d for d in self.devices() if wish.device in (None, d.kind, d.id)]
+        if not devices:
+            there = ", ".join(d.id for d in self.devices()) or "none"
+            raise BadRequest(f"There is no device `{wish.device}` here; devices: {there}.", param="device")
+        engines = [e for e in self._engines if wish.engine in (None, e.name)]
+        if not engines:
+            there = ", ".join(e.name for e in self._engines)
+            raise BadRequest(f"There is no engine `{wish.engine}` here; engines: {there}.", param="engine")
+        fitting: Placement | None = None
+        reasons = []
+        for device in devices:
+            for engine in engines:
+                if reason := engine.supports(card, device):
+                    reasons.append(f"{engine.name} on {device.id}: {reason}")
+                    continue
+                request = LoadRequest(
+                    folder=folder,
+                    card=card,
+                    device=device,
+                    dtype=wish.dtype or self._config.models.dtype,
+                    trust_remote_code=self._config.models.trust_remote_code,
+                )
+                placement = Placement(manifest, card, engine, request, engine.estimate(request))
+                if placement.size <= self.ledger.available(device):
+                    return placement
+                fitting = fitting or placement
+        if fitting:  # supported, and too large everywhere: reserving says by how much
+            return fitting
+        raise LoadFailed(f"No engine here can run this model ({card.architecture}). " + "; ".join(reasons))
+
+    def _now(self, device: Device) -> Device:
+        return next((d for d in self.devices() if d.id == device.id), device)
+
+    def _host_options(self, engine: Engine) -> HostOptions:
+        config = self._config
+        return HostOptions(
+            engine=engine.name,
+            engine_options=config.options.get(("engine", engine.name), {}),
+            config_file=config.file,
+            disabled_plugins=config.plugins.disabled,
+            max_calls=config.engine.max_calls,
+            heartbeat_seconds=config.engine.heartbeat_seconds,
+            load_seconds=config.models.load_seconds,
+        )

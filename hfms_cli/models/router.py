@@ -1,0 +1,159 @@
+"""Asks the storages for a model, in the operator's order, and falls back from one to the next at every step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from hfms_cli.errors import (
+    BadRequest,
+    FetchFailed,
+    GatedModel,
+    HfmsError,
+    ModelNotFound,
+    NotFound,
+)
+from hfms_cli.hookspecs import Progress, Storage
+from hfms_cli.models.verify import Receipts, verify
+from hfms_cli.types import Manifest, ModelName
+
+__all__ = ["Observe", "Router"]
+
+log = structlog.get_logger("hfms.models")
+
+T = TypeVar("T")
+Observe = Callable[[str, str, str, float], None]
+"""Storage, operation, `ok` or `missing` or `error`, and seconds."""
+
+# Of several storages that failed, the one whose error says most about what to do is heard.
+_TELLING = (GatedModel, BadRequest, FetchFailed)
+
+
+class Router:
+    """The model's road from a name to verified files."""
+
+    def __init__(
+        self, storages: Sequence[Storage], *, receipts: Receipts | None = None, observe: Observe | None = None
+    ) -> None:
+        """receipts: hashes of files that were verified before. observe: told of every operation."""
+        self._storages = tuple(storages)
+        self._receipts = receipts or Receipts()
+        self._observe = observe
+
+    async def find(self, name: ModelName) -> tuple[Manifest, Storage]:
+        """What the name stands for, and the storage that has it. Fetches no weights.
+
+        Raises ModelNotFound, or what kept a storage from answering: GatedModel, FetchFailed.
+        """
+        return await self._first(name, lambda storage: self._find(storage, name))
+
+    async def pull(self, name: ModelName, progress: Progress) -> tuple[Manifest, Path]:
+        """The model's folder on this disk, with every file checked. Raises as `find` does, and VerifyFailed."""
+
+        async def fetched(storage: Storage) -> tuple[Manifest, Path] | None:
+            manifest = await self._find(storage, name)
+            if manifest is None:
+                return None
+            folder = await self._ask(storage, "fetch", storage.fetch(manifest, progress))
+            if not manifest.files:  # some storages know the files only once they have them
+                manifest = await self._find(storage, name) or manifest
+            await self._ask(storage, "verify", verify(manifest, folder, receipts=self._receipts))
+            return manifest, folder
+
+        found, _ = await self._first(name, fetched)
+        return found
+
+    async def list(self) -> list[Manifest]:
+        """What is on this disk, in the order of the storages. One that fails is left out, and the log says why."""
+
+        async def listed(storage: Storage) -> Sequence[Manifest]:
+            try:
+                return await self._ask(storage, "list", storage.list())
+            except HfmsError as exc:
+                log.warning("storage cannot list", storage=storage.name, error=exc.message)
+                return ()
+
+        return [m for found in await asyncio.gather(*map(listed, self._storages)) for m in found]
+
+    async def remove(self, name: ModelName) -> Manifest:
+        """Delete a model from this disk, and answer what it was. Raises ModelNotFound, BadRequest."""
+        there = await self.list()
+        found = [m for m in there if _stands_for(name, m)]
+        exact = [m for m in found if m.name == name]
+        if not found:
+            known = [str(m.name) for m in there]
+            raise ModelNotFound.named(str(name), known, "It is not among what hfms has fetched to this disk.")
+        if len(found) > 1 and len(exact) != 1:
+            choices = ", ".join(f"`{m.name.rest}@{m.revision}` ({m.storage})" for m in found)
+            raise BadRequest(f"`{name}` is on this disk several times; say which: {choices}.", param="model")
+        (manifest,) = found if len(found) == 1 else exact
+        storage = next(s for s in self._storages if s.name == manifest.storage)
+        await self._ask(storage, "remove", storage.remove(manifest))
+        return manifest
+
+    async def _first(self, name: ModelName, attempt: Callable[[Storage], Awaitable[T | None]]) -> tuple[T, Storage]:
+        """The first storage that claims the name and for which `attempt` answers something."""
+        asked = [s for s in self._storages if s.claims(name)]
+        failures: list[tuple[Storage, HfmsError]] = []
+        for storage in asked:
+            try:
+                found = await attempt(storage)
+            except HfmsError as exc:
+                failures.append((storage, exc))
+            else:
+                if found is not None:
+                    return found, storage
+        raise await self._none(name, asked, failures)
+
+    async def _none(
+        self, name: ModelName, asked: Sequence[Storage], failures: Sequence[tuple[Storage, HfmsError]]
+    ) -> HfmsError:
+        """Why no storage had it."""
+        if not asked:
+            forms = f"names that begin with `{name.scheme}:`" if name.scheme not in ("", "path") else "such names"
+            return ModelNotFound(f"No storage that is in use takes {forms}: `{name}`.", param="model")
+        reasons = {s.name: "has no such model" for s in asked} | {s.name: e.message for s, e in failures}
+        telling = [(s, e) for s, e in failures if not isinstance(e, NotFound)]
+        if not telling:
+            why = "; ".join(f"{storage}: {reason.rstrip('.')}" for storage, reason in reasons.items())
+            return ModelNotFound.named(str(name), [str(m.name) for m in await self.list()], f"Asked: {why}.")
+        storage, error = min(telling, key=lambda f: [not isinstance(f[1], kind) for kind in _TELLING])
+        others = "; ".join(f"{s}: {r.rstrip('.')}" for s, r in reasons.items() if s != storage.name)
+        if not others:
+            return error
+        message = f"{error.message} Also asked: {others}."
+        return type(error)(message, param=error.param, code=error.code, retry_after=error.retry_after)
+
+    async def _find(self, storage: Storage, name: ModelName) -> Manifest | None:
+        return await self._ask(storage, "find", storage.find(name))
+
+    async def _ask(self, storage: Storage, operation: str, work: Awaitable[T]) -> T:
+        """One operation of a storage, counted. Whatever is no HfmsError is a fault of the storage's, and hidden."""
+        start, status = time.perf_counter(), "error"
+        try:
+            result = await work
+            status = "missing" if result is None and operation == "find" else "ok"
+            return result
+        except NotFound:
+            status = "missing"
+            raise
+        except HfmsError:
+            raise
+        except Exception as exc:
+            log.exception("storage failed", storage=storage.name, operation=operation)
+            raise FetchFailed(f"The storage `{storage.name}` failed at `{operation}`; the log says why.") from exc
+        finally:
+            if self._observe is not None:
+                self._observe(storage.name, operation, status, time.perf_counter() - start)
+
+
+def _stands_for(name: ModelName, manifest: Manifest) -> bool:
+    """Whether a name means a model on the disk; without a revision it means any."""
+    own = manifest.name
+    same = (name.scheme, name.rest) == (own.scheme, own.rest)
+    return same and name.revision in (None, own.revision, manifest.revision)

@@ -1,0 +1,93 @@
+"""The request's road, top to bottom: a call comes in, its model is leased, middlewares wrap it, chunks come back.
+
+HTTP handler -> answer -> lease -> middleware[0] -> ... -> middleware[n] -> engine -> device
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hfms_cli.errors import BadRequest, HfmsError
+from hfms_cli.hookspecs import Middleware, Proceed
+from hfms_cli.models.pool import Pool, ServedModel
+from hfms_cli.telemetry.metrics import Metrics
+from hfms_cli.types import Call, Chunk
+
+if TYPE_CHECKING:
+    from hfms_cli.types import LoadedInfo
+
+
+class Road:
+    """Every model call of the server goes through `answer`."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        middlewares: Sequence[Middleware],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pool = pool
+        # A middleware that does not override `call` is not on this road.
+        self._around_calls = [m for m in middlewares if type(m).call is not Middleware.call]
+        self._metrics = metrics
+        self._clock = clock
+
+    async def answer(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine."""
+        async with self._pool.lease(call.model) as model, AsyncExitStack() as opened:
+            self._refuse_unfit(call, model)
+            chunks = self._chain(model, opened)(call)
+            with self._metrics.call(model.id, self._clock) as measure:
+                async for chunk in chunks:
+                    measure.chunk(chunk)
+                    yield chunk
+
+    def _chain(self, model: ServedModel, opened: AsyncExitStack) -> Proceed:
+        """Fold the middlewares around the engine, the first one outermost."""
+        proceed: Proceed = partial(_open, opened, model.host_now().submit)
+        for middleware in reversed(self._around_calls):
+            proceed = partial(self._through, opened, middleware, proceed)
+        return proceed
+
+    def _through(
+        self, opened: AsyncExitStack, middleware: Middleware, proceed: Proceed, call: Call
+    ) -> AsyncIterator[Chunk]:
+        chunks = _open(opened, partial(middleware.call, proceed=proceed), call)
+        return _open(opened, partial(self._blame, middleware, chunks), call)
+
+    async def _blame(self, middleware: Middleware, chunks: AsyncIterator[Chunk], call: Call) -> AsyncIterator[Chunk]:
+        """A middleware's unexpected exceptions are counted under its name."""
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except HfmsError:
+            raise
+        except Exception:
+            self._metrics.plugin_errors.labels(middleware.name).inc()
+            raise
+
+    @staticmethod
+    def _refuse_unfit(call: Call, model: ServedModel) -> None:
+        info: LoadedInfo = model.host_now().info
+        if call.task not in info.tasks:
+            can = " and ".join({"generate": "generate text", "embed": "embed"}[t] for t in info.tasks)
+            wants = {"generate": "generate text", "embed": "make embeddings"}[call.task]
+            raise BadRequest(
+                f"The model `{model.id}` cannot {wants}; it can {can or 'do nothing here'}.", param="model"
+            )
+
+
+def _open(opened: AsyncExitStack, source: Proceed, call: Call) -> AsyncIterator[Chunk]:
+    """Open a stretch of the road, and see to it that it is closed as soon as the caller leaves.
+
+    An abandoned async generator is otherwise closed when the collector finds it: too late for a batch slot.
+    """
+    chunks = source(call)
+    if close := getattr(chunks, "aclose", None):
+        opened.push_async_callback(close)
+    return chunks

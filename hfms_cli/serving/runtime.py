@@ -1,0 +1,146 @@
+"""Everything a running server is made of, built once from the configuration and the plugins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from hfms_cli.config import Config
+from hfms_cli.errors import ConfigError, Unavailable
+from hfms_cli.hookspecs import Hardware, Middleware
+from hfms_cli.models.loader import Loader
+from hfms_cli.models.pool import Pool, describe
+from hfms_cli.models.router import Router
+from hfms_cli.plugins import Plugins
+from hfms_cli.serving.road import Road
+from hfms_cli.telemetry.metrics import Metrics
+from hfms_cli.version import __version__
+
+
+@dataclass
+class Runtime:
+    """Made by `build`; the event loop must run."""
+
+    config: Config
+    plugins: Plugins
+    hardware: Sequence[Hardware]
+    middlewares: Sequence[Middleware]
+    router: Router
+    pool: Pool
+    road: Road
+    metrics: Metrics
+    warnings: list[str]
+    started: float = field(default_factory=time.time)
+    draining: bool = False
+    in_flight: int = 0
+
+    @classmethod
+    def build(cls, config: Config, plugins: Plugins) -> Runtime:
+        """Create what the configuration names. Raises ConfigError, PluginError."""
+        plugins.check(config)
+        middlewares = [plugins.create("middleware", n, config) for n in config.middleware.order]
+        warnings = [w for m in middlewares for w in m.check(config)]
+        warnings += _refuse_open_door(config, any(m.guards() for m in middlewares))
+        metrics = Metrics()
+        hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
+        storages = [plugins.create("storage", n, config) for n in config.storage.order]
+        engines = [plugins.create("engine", n, config) for n in config.engine.order]
+        router = Router(storages, observe=metrics.storage)
+        pool = Pool(
+            Loader(config, router, engines, hardware),
+            restart_limit=config.engine.restart_limit,
+            load_on_request=config.models.load_on_request,
+            aliases=config.models.aliases,
+            on_loaded=lambda m: metrics.load_duration.labels(m.id).observe(m.load_seconds),
+        )
+        road = Road(pool, middlewares, metrics)
+        return cls(config, plugins, hardware, middlewares, router, pool, road, metrics, warnings)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a middleware keeps strangers out."""
+        return any(m.guards() for m in self.middlewares)
+
+    def enter(self) -> None:
+        """Admit one model call. Raises Unavailable while draining."""
+        if self.draining:
+            raise Unavailable("The server is shutting down.", code="draining", retry_after=5.0)
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+
+    def not_ready(self) -> str | None:
+        """Why nothing can be answered now; None when it can."""
+        return "the server is shutting down" if self.draining else self.pool.not_ready()
+
+    def status(self) -> dict[str, Any]:
+        """The body of `/status`."""
+        return {
+            "version": __version__,
+            "uptime_seconds": round(time.time() - self.started, 1),
+            "ready": self.not_ready() is None,
+            "draining": self.draining,
+            "requests_in_flight": self.in_flight,
+            "models": [describe(m) for m in self.pool.models()],
+            "hardware": self.probe(),
+            "plugins": [
+                {"name": i.name, "package": i.package, "version": i.version, "enabled": i.enabled, "error": i.error}
+                for i in self.plugins.infos
+            ],
+            "storage": {"order": self.config.storage.order},
+            "middleware": {m.name: m.status() for m in self.middlewares},
+            "warnings": self.warnings,
+        }
+
+    def probe(self) -> list[dict[str, Any]]:
+        """Each kind of hardware: its devices with their memory now, or why there are none."""
+        found = []
+        for hardware in self.hardware:
+            probe = hardware.probe()
+            devices = [
+                {"id": d.id, "name": d.name, "total_bytes": d.total_bytes, "free_bytes": d.free_bytes}
+                for d in probe.devices
+            ]
+            found.append({"name": hardware.name, "devices": devices, "reason": probe.reason})
+        return found
+
+    def refresh_metrics(self) -> None:
+        """Set the gauges to what is true now."""
+        m = self.metrics
+        for gauge in (m.running, m.waiting, m.model_memory):
+            gauge.clear()
+        models = self.pool.models()
+        m.models_loaded.set(sum(x.state == "loaded" for x in models))
+        for model in models:
+            if model.host is not None:
+                m.running.labels(model.id).set(model.host.running - model.host.waiting)
+                m.waiting.labels(model.id).set(model.host.waiting)
+                m.model_memory.labels(model.id).set(describe(model).get("memory_bytes", 0))
+        for device in self.pool.loader.devices():
+            used = device.total_bytes - device.free_bytes
+            m.memory_used.labels(device.id).set(used)
+            m.memory_limit.labels(device.id).set(device.total_bytes)
+            m.memory_ratio.labels(device.id).set(used / device.total_bytes if device.total_bytes else 0)
+            if device.kind == "cpu":
+                m.hardware_utilization.labels(device.id).set(psutil.cpu_percent() / 100)
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+
+def _refuse_open_door(config: Config, guarded: bool) -> list[str]:
+    """Without a key nobody but this machine may call, unless the operator says so on purpose."""
+    if guarded or config.server.loopback_only:
+        return []
+    if not config.server.insecure:
+        raise ConfigError(
+            f"no key is configured, so hfms does not listen on {config.server.host}: set HFMS_API_KEY or "
+            "HFMS_ADMIN_API_KEY, or allow it with --insecure ([server] insecure = true)",
+            param="host",
+        )
+    return [f"anybody who reaches {config.server.host} can use every model: no key is configured"]

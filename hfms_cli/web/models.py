@@ -1,0 +1,77 @@
+"""Loading and unloading at run time: `GET /models`, `POST /models/load`, `POST /models/unload`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aiohttp import web
+
+from hfms_cli.errors import BadRequest, Forbidden
+from hfms_cli.models import names
+from hfms_cli.models.loader import Wish
+from hfms_cli.models.pool import describe
+from hfms_cli.web.context import RUNTIME, log_of, require_admin, respond
+from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest, parse
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/models")
+async def list_states(request: web.Request) -> web.StreamResponse:
+    """Every model of the pool, and those on disk as `unloaded`."""
+    runtime = request.app[RUNTIME]
+    rows = [describe(m) for m in runtime.pool.models()]
+    seen = {row["id"] for row in rows}
+    rows += [
+        {
+            "id": model_id,
+            "status": {"value": "unloaded"},
+            "aliases": [],
+            "storage": manifest.storage,
+            "revision": manifest.revision,
+            "disk_bytes": manifest.size,
+        }
+        for manifest in await runtime.router.list()
+        if (model_id := names.served_id(manifest.name)) not in seen
+    ]
+    return respond({"object": "list", "data": rows})
+
+
+@routes.post("/models/load")
+async def load(request: web.Request) -> web.StreamResponse:
+    require_admin(request)
+    body = parse(LoadModelRequest, await request.read())
+    log_of(request)["model"] = body.model
+    runtime = request.app[RUNTIME]
+    name = body.model
+    if body.revision is not None:
+        if "@" in name:
+            raise BadRequest("Give the revision in the name or in `revision`, not in both.", param="revision")
+        name = f"{name}@{body.revision}"
+    _refuse_foreign_path(name, runtime.config.models.folders)
+    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype)
+    if not body.wait:
+        return respond(describe(runtime.pool.begin(name, wish, body.alias)), status=202)
+    return respond(describe(await runtime.pool.load(name, wish, body.alias)))
+
+
+@routes.post("/models/unload")
+async def unload(request: web.Request) -> web.StreamResponse:
+    require_admin(request)
+    body = parse(UnloadModelRequest, await request.read())
+    log_of(request)["model"] = body.model
+    runtime = request.app[RUNTIME]
+    model = await runtime.pool.unload(body.model, runtime.config.server.drain_seconds)
+    return respond({"id": model.id, "status": {"value": "unloaded"}})
+
+
+def _refuse_foreign_path(name: str, folders: list[str]) -> None:
+    """A path that comes over HTTP must lie in a folder that the operator named."""
+    parsed = names.parse(name)
+    if parsed.scheme != "path":
+        return
+    path = Path(parsed.rest).resolve()
+    if not any(path.is_relative_to(Path(f).expanduser().resolve()) for f in folders):
+        raise Forbidden(
+            "Over HTTP only models in the folders of [models] folders can be loaded by path.", param="model"
+        )

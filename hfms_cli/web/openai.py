@@ -1,0 +1,267 @@
+"""The OpenAI routes: completions, chat completions, embeddings, models."""
+
+from __future__ import annotations
+
+import array
+import base64
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from aiohttp import web
+
+from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
+from hfms_cli.models import names
+from hfms_cli.types import Call, Chunk
+from hfms_cli.web.context import REQUEST_ID, RUNTIME, caller_of, log_of, respond
+from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from hfms_cli.web.sse import EventStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = structlog.get_logger("hfms.web")
+routes = web.RouteTableDef()
+
+
+@routes.post("/v1/chat/completions")
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    body = parse(ChatRequest, await request.read())
+    call = body.call(_call_id("chatcmpl"), caller_of(request))
+    return await _generate(request, body, call, ChatShape(call))
+
+
+@routes.post("/v1/completions")
+async def completions(request: web.Request) -> web.StreamResponse:
+    body = parse(CompletionRequest, await request.read())
+    call = body.call(_call_id("cmpl"), caller_of(request))
+    return await _generate(request, body, call, CompletionShape(call))
+
+
+@routes.post("/v1/embeddings")
+async def embeddings(request: web.Request) -> web.StreamResponse:
+    body = parse(EmbeddingRequest, await request.read())
+    call = body.call(_call_id("embd"), caller_of(request))
+    vectors: list[bytes] = [b""] * len(call.inputs)
+    tokens = 0
+    with _admitted(request, call):
+        async with aclosing(_answer(request, call)) as chunks:
+            async for chunk in chunks:
+                tokens += chunk.prompt_tokens
+                if chunk.vector is not None:
+                    vectors[chunk.index] = chunk.vector
+    log_of(request)["prompt_tokens"] = tokens
+    encode = _as_base64 if body.encoding_format == "base64" else _as_floats
+    return respond(
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": encode(v)} for i, v in enumerate(vectors)],
+            "model": body.model,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
+
+
+@routes.get("/v1/models")
+async def list_models(request: web.Request) -> web.StreamResponse:
+    return respond({"object": "list", "data": list((await _servable(request)).values())})
+
+
+@routes.get("/v1/models/{id:.+}")
+async def show_model(request: web.Request) -> web.StreamResponse:
+    servable = await _servable(request)
+    name = request.match_info["id"]
+    if name not in servable:
+        raise ModelNotFound.named(name, servable)
+    return respond(servable[name])
+
+
+async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
+    """What a call may name: models of the pool by id and alias, then what is on disk and loads when asked for."""
+    runtime = request.app[RUNTIME]
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, created: int, root: str, length: int = 0) -> None:
+        row = {"id": name, "object": "model", "created": created, "owned_by": "hfms", "root": root}
+        found.setdefault(name, row | ({"max_model_len": length} if length else {}))
+
+    for model in runtime.pool.models():
+        length = model.host.info.context_length if model.state == "loaded" and model.host else 0
+        for name in (model.id, *sorted(model.aliases)):
+            add(name, model.created, model.id, length)
+    if runtime.config.models.load_on_request:
+        for manifest in await runtime.router.list():
+            name = names.served_id(manifest.name)
+            add(name, int(runtime.started), name)
+    for alias, target in runtime.config.models.aliases.items():
+        if target in found:
+            add(alias, found[target]["created"], target)
+    return found
+
+
+# Generation, the same for both shapes.
+
+
+@dataclass
+class Tally:
+    """What an answer has come to so far."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    texts: dict[int, list[str]] = field(default_factory=dict)
+    finish: dict[int, str] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        self.prompt_tokens += chunk.prompt_tokens
+        self.completion_tokens += chunk.tokens
+        self.texts.setdefault(chunk.index, []).append(chunk.text)
+        if chunk.finish_reason:
+            self.finish[chunk.index] = chunk.finish_reason
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+async def _generate(
+    request: web.Request, body: ChatRequest | CompletionRequest, call: Call, shape: ChatShape | CompletionShape
+) -> web.StreamResponse:
+    with _admitted(request, call):
+        async with aclosing(_answer(request, call)) as chunks:
+            if body.stream:
+                return await _stream(request, shape, chunks, body.include_usage)
+            tally = Tally()
+            async for chunk in chunks:
+                tally.add(chunk)
+    log_of(request).update(tally.usage())
+    return respond(shape.whole(tally, len(call.inputs) * call.n))
+
+
+async def _stream(
+    request: web.Request, shape: ChatShape | CompletionShape, chunks: AsyncIterator[Chunk], include_usage: bool
+) -> web.StreamResponse:
+    """Each chunk as an event. An error before the first is an ordinary answer; after it, the stream's last event."""
+    stream = EventStream(request)
+    tally = Tally()
+    try:
+        async for chunk in chunks:
+            tally.add(chunk)
+            if events := shape.events(chunk, include_usage):
+                await stream.send(*events)
+        if include_usage:
+            await stream.send(shape.event([]) | {"usage": tally.usage()})
+        await stream.done()
+    except HfmsError as exc:
+        if not stream.opened:
+            raise
+        log_of(request)["error"] = exc.code
+        await stream.fail(exc)
+    except (ConnectionError, web.HTTPException):
+        raise
+    except Exception:
+        if not stream.opened:
+            raise
+        log.exception("stream failed", request_id=request[REQUEST_ID])
+        await stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
+    finally:
+        log_of(request).update(tally.usage())
+    return await stream.close()
+
+
+class CompletionShape:
+    """`text_completion` objects."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.created = int(time.time())
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.call.id, "object": kind, "created": self.created, "model": self.call.model}
+
+    def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.head(self.chunk_object), "choices": choices}
+
+    def events(self, chunk: Chunk, include_usage: bool) -> list[dict[str, Any]]:
+        if not chunk.text and not chunk.finish_reason:
+            return []  # a token whose text is still held back
+        event = self.event([self.choice(chunk.index, chunk.text, chunk.finish_reason)])
+        return [event | {"usage": None}] if include_usage else [event]
+
+    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+
+    def whole(self, tally: Tally, count: int) -> dict[str, Any]:
+        choices = [self.choice(i, "".join(tally.texts.get(i, ())), tally.finish.get(i)) for i in range(count)]
+        return {**self.head(self.object), "choices": choices, "usage": tally.usage()}
+
+
+class ChatShape(CompletionShape):
+    """`chat.completion` objects. The first event of a choice has its role, the last its finish_reason."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._begun: set[int] = set()
+
+    def events(self, chunk: Chunk, include_usage: bool) -> list[dict[str, Any]]:
+        deltas: list[tuple[dict[str, Any], str | None]] = []
+        if chunk.index not in self._begun:
+            self._begun.add(chunk.index)
+            deltas.append(({"role": "assistant", "content": "", "refusal": None}, None))
+        if chunk.text:
+            deltas.append(({"content": chunk.text}, None))
+        if chunk.finish_reason:
+            deltas.append(({}, chunk.finish_reason))
+        events = [
+            self.event([{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": finish}])
+            for delta, finish in deltas
+        ]
+        return [e | {"usage": None} for e in events] if include_usage else events
+
+    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+
+
+@contextmanager
+def _admitted(request: web.Request, call: Call) -> Iterator[None]:
+    """Count the call as in flight, so that a drain waits for it."""
+    runtime = request.app[RUNTIME]
+    log_of(request)["model"] = call.model
+    runtime.enter()
+    try:
+        yield
+    finally:
+        runtime.leave()
+
+
+def _answer(request: web.Request, call: Call) -> AsyncGenerator[Chunk, None]:
+    return request.app[RUNTIME].road.answer(call)
+
+
+def _call_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _as_floats(vector: bytes) -> list[float]:
+    floats = array.array("f", vector)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return floats.tolist()
+
+
+def _as_base64(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()

@@ -1,0 +1,320 @@
+"""The OpenAI API as types: JSON -> Call on the way in. A field that is not here is refused by its name.
+
+msgspec checks types strictly while it parses (`"stream": 0` is no boolean), so what these classes say is what holds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hfms_cli.errors import BadRequest
+from hfms_cli.types import Call, Caller, Conversation, Sampling
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Prompt = str | list[str | int | list[Natural]]
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """`stream_options`."""
+
+    include_usage: bool = False
+
+
+class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What completions and chat have in common: how tokens are chosen, and how the answer is sent."""
+
+    model: str
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Natural | None = None
+    max_tokens: Positive | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Not served yet: only the value that asks for nothing is taken.
+    logprobs: Any = None
+    store: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+
+    def unsupported(self) -> dict[str, tuple[Any, ...]]:
+        """Fields that are known and not served, with the values that ask for nothing."""
+        return {
+            "logprobs": (None, False),
+            "store": (None, False),
+            "metadata": (None, {}),
+            "service_tier": (None, "auto", "default"),
+        }
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int | None) -> Sampling:
+        """The engine's view. Raises BadRequest for what the types cannot say."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOPS or "" in stop:
+            raise BadRequest(f"`stop` takes up to {MAX_STOPS} strings, none of them empty.", param="stop")
+        if self.min_tokens and max_tokens is not None and self.min_tokens > max_tokens:
+            raise BadRequest("`min_tokens` is larger than `max_tokens`.", param="min_tokens")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("`stream_options` needs `stream: true`.", param="stream_options")
+        chosen = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self._bias(),
+            "seed": self.seed,
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
+            "max_tokens": max_tokens,
+        }
+        return Sampling(stop=tuple(stop), **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
+
+    def _bias(self) -> dict[int, float] | None:
+        try:
+            return {int(k): v for k, v in self.logit_bias.items()} if self.logit_bias else None
+        except ValueError:
+            raise BadRequest("The keys of `logit_bias` must be token ids.", param="logit_bias") from None
+
+
+class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+    def unsupported(self) -> dict[str, tuple[Any, ...]]:
+        return Generate.unsupported(self) | {
+            "best_of": (None, 1, self.n),
+            "echo": (None, False),
+            "suffix": (None, ""),
+        }
+
+    def call(self, call_id: str, caller: Caller) -> Call:
+        _refuse_unsupported(self)
+        return Call(
+            id=call_id,
+            model=self.model,
+            task="generate",
+            inputs=inputs_of(self.prompt, "prompt"),
+            sampling=self.sampling(16 if self.max_tokens is None else self.max_tokens),
+            n=self.n or 1,
+            caller=caller,
+        )
+
+
+class Part(Struct):
+    """One part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One message of a chat. Fields that answers carry and that mean nothing here may come back as null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | UnsetType | None = UNSET
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
+
+    def plain(self, at: str) -> dict[str, Any]:
+        """The message as templates take it."""
+        for field in ("tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call"):
+            if getattr(self, field) not in (None, []):
+                raise BadRequest(f"`{field}` is not supported yet.", param=f"{at}.{field}", code="unsupported_value")
+        if self.role == "tool":
+            raise BadRequest("Tools are not supported yet.", param=f"{at}.role", code="unsupported_value")
+        content = self.content
+        if content is UNSET or (content is None and self.role != "assistant"):
+            raise BadRequest(f"`content` is missing in a message of role `{self.role}`.", param=f"{at}.content")
+        if isinstance(content, list):
+            for k, part in enumerate(content):
+                if part.type != "text" or part.text is None:
+                    raise BadRequest(
+                        f"Parts of type `{part.type}` are not supported by this model; send text.",
+                        param=f"{at}.content[{k}].type",
+                        code="unsupported_value",
+                    )
+            content = "\n".join(p.text for p in content if p.text is not None)
+        # Templates of open models know `system` and not OpenAI's newer word for it.
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content or "",
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+
+class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    top_logprobs: Any = None
+    reasoning_effort: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+
+    def unsupported(self) -> dict[str, tuple[Any, ...]]:
+        return Generate.unsupported(self) | {
+            "tools": (None, []),
+            "tool_choice": (None, "none", "auto"),
+            "parallel_tool_calls": (None, True, False),  # without tools there is nothing to do in parallel
+            "functions": (None, []),
+            "function_call": (None, "none", "auto"),
+            "response_format": (None, {"type": "text"}),
+            "top_logprobs": (None, 0),
+            "reasoning_effort": (None,),
+            "modalities": (None, ["text"]),
+            "audio": (None,),
+            "prediction": (None,),
+        }
+
+    def call(self, call_id: str, caller: Caller) -> Call:
+        _refuse_unsupported(self)
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise BadRequest("Send `max_tokens` or `max_completion_tokens`, not both.", param="max_tokens")
+        conversation = Conversation(
+            messages=[m.plain(f"messages[{i}]") for i, m in enumerate(self.messages)],
+            template_kwargs=self.chat_template_kwargs,
+        )
+        return Call(
+            id=call_id,
+            model=self.model,
+            task="generate",
+            inputs=[conversation],
+            sampling=self.sampling(self.max_completion_tokens or self.max_tokens),
+            n=self.n or 1,
+            caller=caller,
+        )
+
+
+class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/embeddings`."""
+
+    model: str
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+    user: str | None = None
+
+    def call(self, call_id: str, caller: Caller) -> Call:
+        return Call(
+            id=call_id,
+            model=self.model,
+            task="embed",
+            inputs=inputs_of(self.input, "input"),
+            dimensions=self.dimensions,
+            caller=caller,
+        )
+
+
+class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /models/load`."""
+
+    model: str
+    hardware: str | None = None
+    engine: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    revision: str | None = None
+    alias: str | None = None
+    wait: bool = True
+    """False: answer 202 at once; `GET /models` tells the progress."""
+
+
+class UnloadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /models/unload`."""
+
+    model: str
+
+
+def inputs_of(prompt: Prompt, param: str) -> list[str | list[int] | Conversation]:
+    """One input or many: `"text"`, `["text", ...]`, `[1, 2, ...]`, `[[1, 2], ...]`."""
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) != 1:
+        what = "is empty" if not prompt else "mixes strings and token ids"
+        raise BadRequest(f"`{param}` {what}.", param=param)
+    if kinds == {int}:
+        if any(item < 0 for item in prompt):  # type: ignore[operator]
+            raise BadRequest(f"Token ids in `{param}` must not be negative.", param=param)
+        return [list(prompt)]  # type: ignore[arg-type]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def _refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
+    for name, accepted in request.unsupported().items():
+        value = getattr(request, name)
+        if not any(value == a and type(value) is type(a) for a in accepted):
+            raise BadRequest(f"`{name}` is not supported yet.", param=name, code="unsupported_parameter")
+
+
+T = TypeVar("T")
+_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]*)`")
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """The body as `kind`. Raises BadRequest, naming the field as OpenAI does (`messages[0].role`)."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as exc:
+        text = str(exc)
+        at = _AT.search(text)
+        path = at[1].replace("[...]", "") if at else ""
+        message = _AT.sub("", text)
+        if unknown := _UNKNOWN.match(message):
+            path = f"{path}.{unknown[1]}" if path else unknown[1]
+            raise BadRequest(f"Unsupported parameter: `{path}`.", param=path, code="unsupported_parameter") from None
+        if missing := re.match(r"^Object missing required field `([^`]*)`", message):
+            path = f"{path}.{missing[1]}" if path else missing[1]
+            raise BadRequest(f"Missing required parameter: `{path}`.", param=path, code="missing_parameter") from None
+        raise BadRequest(f"Invalid value for `{path or 'the body'}`: {message}.", param=path or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from None

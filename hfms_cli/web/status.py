@@ -1,0 +1,41 @@
+"""How the server is: `/health`, `/ready`, `/status`, `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from hfms_cli.errors import Unavailable
+from hfms_cli.web.context import RUNTIME, respond
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/health")
+async def health(request: web.Request) -> web.StreamResponse:
+    """200 while the process lives and its loop turns."""
+    return respond({"status": "ok"})
+
+
+@routes.get("/ready")
+async def ready(request: web.Request) -> web.StreamResponse:
+    """200 only when an engine's own loop was heard lately and all that was asked for at start serves."""
+    if reason := request.app[RUNTIME].not_ready():
+        raise Unavailable(f"Not ready: {reason}.", code="not_ready")
+    return respond({"status": "ready"})
+
+
+@routes.get("/status")
+async def status(request: web.Request) -> web.StreamResponse:
+    # Probing devices reads files and may ask drivers: not on the loop.
+    return respond(await asyncio.to_thread(request.app[RUNTIME].status))
+
+
+@routes.get("/metrics")
+async def metrics(request: web.Request) -> web.StreamResponse:
+    runtime = request.app[RUNTIME]
+    await asyncio.to_thread(runtime.refresh_metrics)
+    return web.Response(
+        body=runtime.metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    )

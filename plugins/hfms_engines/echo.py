@@ -1,0 +1,202 @@
+"""An engine without a model: it answers with the prompt's own words, one a step.
+
+It exists to measure what the server itself costs, and to test everything around an engine without one. `hfms serve
+echo:NAME` serves it; `[engine.echo] step_ms` makes it as slow as a real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hfms_cli import (
+    BadRequest,
+    Call,
+    Chunk,
+    ContextLengthExceeded,
+    Conversation,
+    Device,
+    HfmsError,
+    LoadedInfo,
+    LoadRequest,
+    Manifest,
+    ModelCard,
+    ModelName,
+    Progress,
+    Task,
+    setting,
+)
+
+CONTEXT = 32_768
+DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class EchoOptions:
+    """Options of `[engine.echo]`."""
+
+    step_ms: float = setting(0.0, "Time that one step takes, in milliseconds.", ge=0)
+    max_batch: int = setting(64, "Sequences that run at once.", ge=1)
+
+
+@dataclass
+class Choice:
+    """One choice on its way: the words to say, and how many."""
+
+    call_id: str
+    index: int
+    words: list[str]
+    limit: int
+    endless: bool
+    prompt_tokens: int
+    said: int = 0
+
+    def next(self) -> Chunk:
+        """The next word, and whether it was the last."""
+        word = self.words[self.said % len(self.words)]
+        self.said += 1
+        finish: Literal["stop", "length"] | None = None
+        if self.said == len(self.words) and not self.endless:
+            finish = "stop"
+        elif self.said == self.limit:
+            finish = "length"
+        prompt, self.prompt_tokens = self.prompt_tokens, 0
+        return Chunk(index=self.index, text=word, tokens=1, finish_reason=finish, prompt_tokens=prompt)
+
+
+def words_of(item: str | list[int] | Conversation) -> list[str]:
+    """What the echo says to an input; each word is a token."""
+    if isinstance(item, Conversation):
+        content = item.messages[-1].get("content")
+        item = content if isinstance(content, str) else json.dumps(content)
+    elif not isinstance(item, str):
+        item = " ".join(map(str, item))
+    return re.findall(r"\s*\S+\s*?|\s+", item) or [""]
+
+
+@dataclass
+class EchoModel:
+    """The loaded model."""
+
+    info: LoadedInfo
+    options: EchoOptions
+    queue: list[Choice] = field(default_factory=list)
+    open: dict[str, int] = field(default_factory=dict)
+    """Choices of a call that are not finished."""
+    done: list[tuple[str, Chunk | HfmsError | None]] = field(default_factory=list)
+
+    def submit(self, call: Call) -> None:
+        sampling = call.sampling
+        for name in ("stop", "min_tokens", "logit_bias"):
+            if getattr(sampling, name):
+                raise BadRequest(f"The echo engine does not support `{name}`.", param=name)
+        if call.task == "embed":
+            for i, item in enumerate(call.inputs):
+                words = words_of(item)
+                vector = hashlib.sha256("".join(words).encode()).digest()[:DIMENSIONS]
+                packed = struct.pack(f"<{DIMENSIONS}f", *(b / 255 for b in vector))
+                self.done.append((call.id, Chunk(index=i, prompt_tokens=len(words), vector=packed)))
+            self.done.append((call.id, None))
+            return
+        for i, item in enumerate(call.inputs):
+            words = words_of(item)
+            if len(words) >= CONTEXT:
+                raise ContextLengthExceeded(
+                    f"This model's maximum context length is {CONTEXT} tokens. However, your input has "
+                    f"{len(words)} tokens.",
+                    param="prompt",
+                )
+            room = CONTEXT - len(words)
+            limit = min(sampling.max_tokens or room, room)
+            for k in range(call.n):
+                prompt = 0 if k else len(words)
+                self.queue.append(Choice(call.id, i * call.n + k, words, limit, sampling.ignore_eos, prompt))
+        self.open[call.id] = len(call.inputs) * call.n
+
+    def cancel(self, call_id: str) -> None:
+        self.open.pop(call_id, None)
+        self.queue = [s for s in self.queue if s.call_id != call_id]
+
+    def busy(self) -> bool:
+        return bool(self.queue or self.done)
+
+    def step(self) -> list[tuple[str, Chunk | HfmsError | None]]:
+        if self.options.step_ms:
+            time.sleep(self.options.step_ms / 1000)
+        out, self.done = self.done, []
+        running = self.queue[: self.options.max_batch]
+        for sequence in running:
+            chunk = sequence.next()
+            out.append((sequence.call_id, chunk))
+            if chunk.finish_reason:
+                self.queue.remove(sequence)
+                self.open[sequence.call_id] -= 1
+                if not self.open[sequence.call_id]:
+                    del self.open[sequence.call_id]
+                    out.append((sequence.call_id, None))
+        return out
+
+    def waiting(self) -> int:
+        return len({s.call_id for s in self.queue[self.options.max_batch :]})
+
+    def close(self) -> None:
+        self.queue.clear()
+
+
+class EchoEngine:
+    """The engine `echo`: any device, and only the models that the storage `echo` makes."""
+
+    name = "echo"
+    tasks: tuple[Task, ...] = ("generate", "embed")
+
+    def __init__(self, options: EchoOptions) -> None:
+        self.options = options
+
+    def supports(self, card: ModelCard, device: Device) -> str | None:
+        return None if card.model_type == "echo" else "runs no real model"
+
+    def estimate(self, request: LoadRequest) -> int:
+        return 64 * 2**20  # the Python process itself
+
+    def load(self, request: LoadRequest) -> EchoModel:
+        info = LoadedInfo(
+            engine=self.name,
+            device=request.device.id,
+            dtype="none",
+            tasks=("generate", "embed"),
+            context_length=CONTEXT,
+            max_batch=self.options.max_batch,
+            memory_bytes=0,
+            chat=True,
+            dimensions=DIMENSIONS,
+        )
+        return EchoModel(info, self.options)
+
+
+class EchoStorage:
+    """The storage `echo`: every `echo:NAME` is there, and takes no room."""
+
+    name = "echo"
+    FOLDER = Path(__file__).parent / "echo_model"
+
+    def claims(self, name: ModelName) -> bool:
+        return name.scheme == "echo"
+
+    async def find(self, name: ModelName) -> Manifest | None:
+        return Manifest(name=name, storage=self.name, revision="1", files=(), source="built in")
+
+    async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
+        return self.FOLDER
+
+    async def list(self) -> Sequence[Manifest]:
+        return ()
+
+    async def remove(self, manifest: Manifest) -> None:
+        raise BadRequest("The echo model is built in and cannot be removed.", param="model")

@@ -1,0 +1,517 @@
+"""The `transformers` engine: text generation with continuous batching. Imports nothing heavy until `load`.
+
+A call is answered by sequences, one for each input and choice. Each step runs every sequence that is under way one
+token further, in one forward pass, and then takes in a piece of one prompt. So sequences join, leave and are cancelled
+between any two steps.
+
+    submit   call -> sequences, in order of arrival, in `_waiting`
+    fill     the first of them moves to the next free slot, and its prompt is read piece by piece
+    decode   it is in `_rows`, and each step makes one token of it
+    leave    the last row moves into its slot, so that rows stay without gaps
+
+Slots are as long as the longest sequence in them, so memory is slots times longest. A sequence begins when there is
+room for it as it is. If those under way outgrow the cache, the newest waits again and later reads again what it had.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfms_cli import (
+    BadRequest,
+    Call,
+    Chunk,
+    ContextLengthExceeded,
+    Conversation,
+    Device,
+    DoesNotFit,
+    EngineFault,
+    HfmsError,
+    LoadedInfo,
+    LoadRequest,
+    ModelCard,
+    NoChatTemplate,
+    Sampling,
+    setting,
+)
+from hfms_engines.text import Detokenizer, StopStrings
+
+if TYPE_CHECKING:
+    import torch
+
+    from hfms_engines.sampling import Sampler
+    from hfms_engines.torch_runner import Runner
+
+log = logging.getLogger("hfms.engine")
+
+Event = tuple[str, Chunk | HfmsError | None]
+
+# What a process with torch in it, and activations, take beside weights and cache.
+_WORKING_BYTES = 512 * 2**20
+# Of the memory that is free when the weights are in, so much may go to keys and values.
+_CACHE_SHARE = 0.25
+
+# Models with a state that is not keys and values. `load` finds out by itself; this is to say so before anything runs.
+_RECURRENT = frozenset(
+    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax"
+    " nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen35 qwen35moe"
+    " recurrent_gemma rwkv xlstm zamba zamba2".split()
+)
+# GGUF architectures that transformers can unpack.
+GGUF_ARCHITECTURES = frozenset(
+    "bloom deci falcon gemma2 gemma3 gemma4 gpt-oss gpt2 llama minimax-m2 mistral nemotron phi3 qwen2 qwen2moe qwen3"
+    " qwen3moe stablelm starcoder2".split()
+)
+# What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
+_NOT_FOR_TEMPLATES = frozenset(
+    "chat_template conversation max_length padding return_assistant_tokens_mask return_dict return_tensors"
+    " sanitize_control_tokens tokenize tokenizer_kwargs truncation".split()
+)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Text generation by torch and transformers."""
+
+    max_batch: int = setting(16, "Sequences that run at once.", ge=1)
+    prefill_tokens: int = setting(512, "Prompt tokens that one step reads; more is faster, and stalls answers longer.", ge=1)
+    kv_cache_bytes: int = setting(
+        0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
+    )
+
+
+class GenerationEngine:
+    """Decoders that transformers' AutoModelForCausalLM knows, from safetensors or GGUF, wherever torch runs."""
+
+    name = "transformers"
+    tasks = ("generate",)
+
+    def __init__(self, options: GenerationOptions = GenerationOptions()) -> None:
+        self.options = options
+
+    def supports(self, card: ModelCard, device: Device) -> str | None:
+        """None, or the reason why not."""
+        needed = ["torch", "transformers", *(["gguf", "accelerate"] if card.format == "gguf" else [])]
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if "generate" not in card.tasks:
+            return f"{card.architecture or card.model_type} does not generate text"
+        if card.format == "none":
+            return "the model has no weights"
+        if device.torch_device is None:
+            return f"torch cannot use {device.id}"
+        if missing:
+            return f"{' and '.join(missing)} not installed; run: pip install 'hfms[transformers]'"
+        if card.model_type in _RECURRENT:
+            return f"{card.model_type} keeps a recurrent state; this engine runs attention models"
+        if card.format == "gguf" and card.model_type not in GGUF_ARCHITECTURES:
+            return f"transformers cannot read {card.model_type} from GGUF"
+        if card.format == "gguf" and len(card.weights) != 1:
+            return "a GGUF must be one file"
+        return None
+
+    def estimate(self, request: LoadRequest) -> int:
+        """Bytes for weights, keys and values, and work."""
+        weights = _weights_bytes(request)
+        return weights + self._cache_bytes(request, weights) + _WORKING_BYTES
+
+    def _cache_bytes(self, request: LoadRequest, weights: int) -> int:
+        spare = request.device.free_bytes - weights - _WORKING_BYTES
+        return self.options.kv_cache_bytes or max(0, int(spare * _CACHE_SHARE))
+
+    def load(self, request: LoadRequest) -> Generator:
+        """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
+        from hfms_engines import torch_runner
+
+        cache_bytes = self._cache_bytes(request, _weights_bytes(request))
+        runner = torch_runner.load(request, cache_bytes=cache_bytes)
+        info = LoadedInfo(
+            engine=self.name,
+            device=request.device.id,
+            dtype=str(runner.model.dtype).removeprefix("torch."),
+            tasks=self.tasks,
+            context_length=runner.context_length,
+            max_batch=self.options.max_batch,
+            memory_bytes=runner.weights_bytes() + cache_bytes + _WORKING_BYTES,
+            chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+        )
+        return Generator(runner, info, prefill_tokens=self.options.prefill_tokens)
+
+
+def _weights_bytes(request: LoadRequest) -> int:
+    """Bytes of the weights once they are loaded, by the card alone."""
+    card = request.card
+    on_cpu = request.device.torch_device in (None, "cpu")
+    unpacked = card.format == "gguf"
+    dtype = request.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16" if unpacked else card.dtype
+    width = 4 if dtype == "float32" else 2
+    if card.parameters:
+        return card.parameters * width
+    # Unknown: files hold two bytes a parameter, or five bits of a GGUF.
+    return int(card.weights_bytes * width / (5 / 8 if unpacked else 4 if card.dtype == "float32" else 2))
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """One input of a call, shared by its choices."""
+
+    ids: list[int]
+    reported: bool = False
+    """A chunk has told how many tokens it has."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One choice of a call on its way."""
+
+    call: _Call
+    index: int
+    prompt: _Prompt
+    limit: int
+    """Tokens that it may make."""
+    sampler: Sampler
+    words: Detokenizer
+    stops: StopStrings
+    stop_ids: frozenset[int]
+    made: list[int] = field(default_factory=list)
+    cached: int = 0
+    """Tokens whose keys and values are in its slot."""
+    order: int = 0
+    """When it was let in; the newest has the highest."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt.ids + self.made
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.ids) + len(self.made)
+
+    def take(self, token: int) -> Chunk:
+        """Go on by a token; the chunk's finish reason says whether it was the last."""
+        self.made.append(token)
+        self.sampler.took(token)
+        ended = token in self.stop_ids
+        last = ended or len(self.made) >= self.limit
+        text = "" if ended else self.words.feed(token)
+        if last:
+            text += self.words.flush()
+        stopped = False
+        # As in vLLM: what is said before the least length is reached cannot be part of a stop string.
+        if len(self.made) > self.sampler.sampling.min_tokens:
+            text, stopped = self.stops.feed(text)
+            if last and not stopped:
+                text += self.stops.flush()
+        prompt_tokens = 0 if self.prompt.reported else len(self.prompt.ids)
+        self.prompt.reported = True
+        return Chunk(
+            index=self.index,
+            text=text,
+            tokens=1,
+            finish_reason="stop" if ended or stopped else "length" if last else None,
+            prompt_tokens=prompt_tokens,
+        )
+
+
+@dataclass(eq=False)
+class _Call:
+    id: str
+    unfinished: int
+    begun: bool = False
+
+
+class Generator:
+    """A loaded model: the scheduler around a `Runner`.
+
+    Counts of tokens include the one that ends an answer, as vLLM's do.
+    """
+
+    def __init__(self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int) -> None:
+        from hfms_engines import sampling
+
+        self.info = info
+        self._runner = runner
+        self._cache = runner.cache
+        self._sampling = sampling
+        self._prefill_tokens = prefill_tokens
+        self._calls: dict[str, _Call] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._filling: _Sequence | None = None
+        """Its prompt is being read; its slot is the one after the rows'."""
+        self._rows: list[_Sequence] = []
+        """Under way, by slot."""
+        self._admitted = 0
+
+    # --- calls in ---
+
+    def submit(self, call: Call) -> None:
+        """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
+        if call.task != "generate":
+            raise BadRequest(f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model")
+        self._check(call.sampling)
+        prompts = [_Prompt(self._tokens(entry)) for entry in call.inputs]
+        limits = [
+            self._limit(prompt, entry, call.sampling) for prompt, entry in zip(prompts, call.inputs, strict=True)
+        ]
+        kept = _Call(call.id, unfinished=len(prompts) * call.n)
+        self._calls[call.id] = kept
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            for k in range(call.n):
+                self._waiting.append(self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling))
+
+    def _sequence(
+        self, call: _Call, index: int, choice: int, prompt: _Prompt, limit: int, sampling: Sampling
+    ) -> _Sequence:
+        runner = self._runner
+        return _Sequence(
+            call,
+            index,
+            prompt,
+            limit,
+            sampler=self._sampling.Sampler(sampling, prompt=prompt.ids, stop_ids=runner.stop_ids, choice=choice),
+            words=Detokenizer(runner.decode, skip=runner.silent_ids, context=prompt.ids),
+            stops=StopStrings(sampling.stop),
+            stop_ids=frozenset() if sampling.ignore_eos else runner.stop_ids,
+        )
+
+    def _check(self, sampling: Sampling) -> None:
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise BadRequest("`max_tokens` must be 1 or more.", param="max_tokens")
+        for token in sampling.logit_bias or ():
+            self._check_token(token, "logit_bias")
+
+    def _check_token(self, token: int, param: str) -> None:
+        if not 0 <= token < self._runner.vocabulary:
+            raise BadRequest(
+                f"Token {token} is not in the model's vocabulary, which has {self._runner.vocabulary} tokens.", param=param
+            )
+
+    def _tokens(self, entry: str | list[int] | Conversation) -> list[int]:
+        tokenizer = self._runner.tokenizer
+        if isinstance(entry, Conversation):
+            ids = self._chat(entry)
+        elif isinstance(entry, str):
+            ids = tokenizer(entry)["input_ids"]
+            if not ids and tokenizer.bos_token_id is not None:
+                ids = [tokenizer.bos_token_id]
+        else:
+            ids = entry
+            for token in ids:
+                self._check_token(token, "prompt")
+        if not ids:
+            raise BadRequest("The prompt is empty.", param=_param(entry))
+        return list(ids)
+
+    def _chat(self, chat: Conversation) -> list[int]:
+        from jinja2 import TemplateError
+
+        tokenizer = self._runner.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise NoChatTemplate(
+                "This model has no chat template, so it cannot hold a conversation; use /v1/completions.", param="messages"
+            )
+        extra = chat.template_kwargs or {}
+        if taken := sorted(_NOT_FOR_TEMPLATES & set(extra)):
+            raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                chat.messages, **{"add_generation_prompt": True, **extra}, tokenize=True, return_dict=False
+            )
+        except TemplateError as exc:
+            raise BadRequest(f"The model's chat template refuses these messages: {exc}", param="messages") from exc
+        except Exception as exc:
+            raise BadRequest(
+                "The model's chat template cannot make a prompt of these messages; check their roles and the types of"
+                " their contents.",
+                param="messages",
+            ) from exc
+        return ids
+
+    def _limit(self, prompt: _Prompt, entry: Any, sampling: Sampling) -> int:
+        """Tokens that an answer to this prompt may have. Nothing is ever cut to fit."""
+        most, there = self.info.context_length, len(prompt.ids)
+        limit = sampling.max_tokens if sampling.max_tokens is not None else max(1, most - there)
+        if there + limit > most:
+            where = _param(entry)
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {most} tokens. However, you requested {there + limit} tokens"
+                f" ({there} in the {where}, {limit} in the completion). Please reduce the length of the {where} or of"
+                " the completion.",
+                param=where,
+            )
+        return limit
+
+    def cancel(self, call_id: str) -> None:
+        self._forget(call_id)
+
+    # --- the state of things ---
+
+    def busy(self) -> bool:
+        return bool(self._rows or self._filling or self._waiting)
+
+    def waiting(self) -> int:
+        return sum(not call.begun for call in self._calls.values())
+
+    def close(self) -> None:
+        for call_id in list(self._calls):
+            self._forget(call_id)
+        self._runner.release()
+
+    # --- one step ---
+
+    def step(self) -> list[Event]:
+        """One token of each sequence under way, and a piece of one prompt."""
+        events: list[Event] = []
+        self._make_room()
+        if self._rows:
+            self._decode(events)
+            self._make_room()
+        self._fill(events)
+        if not self.busy():
+            self._runner.release()
+        return events
+
+    def _decode(self, events: list[Event]) -> None:
+        rows = list(self._rows)
+        with self._giving_up(rows, events):
+            logits = self._forward([[s.made[-1]] for s in rows], [s.cached for s in rows], first=0)
+            tokens = self._sampling.sample(logits, [s.sampler for s in rows])
+            for seq in rows:
+                seq.cached += 1
+            self._advance(rows, tokens, events)
+
+    def _fill(self, events: list[Event]) -> None:
+        self._filling = seq = self._filling or self._admit()
+        if seq is None:
+            return
+        with self._giving_up([seq], events):
+            piece = seq.tokens[seq.cached : seq.cached + self._prefill_tokens]
+            logits = self._forward([piece], [seq.cached], first=len(self._rows))
+            seq.cached += len(piece)
+            if seq.cached == seq.length:
+                self._filling = None
+                self._rows.append(seq)
+                family = [seq, *self._fork(seq)]
+                tokens = self._sampling.sample(logits.repeat(len(family), 1), [s.sampler for s in family])
+                self._advance(family, tokens, events)
+
+    def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int) -> torch.Tensor:
+        self._cache.reserve(*self._slots())
+        return self._runner.forward(tokens, starts, first)
+
+    @contextmanager
+    def _giving_up(self, seqs: Sequence[_Sequence], events: list[Event]) -> Iterator[None]:
+        """Where a forward pass fails, give up no more calls than needed. Nothing has changed that a next try needs."""
+        try:
+            yield
+        except Exception as exc:
+            if self._runner.is_lost(exc):
+                raise
+            if self._runner.is_out_of_memory(exc):
+                newest = max(seqs, key=lambda s: s.order)
+                self._fail([newest], DoesNotFit("The device ran out of memory; try again, or with less."), events)
+                self._runner.trim()
+            else:
+                log.exception("a forward pass failed")
+                self._fail(seqs, EngineFault("The model failed on this request."), events)
+
+    def _admit(self) -> _Sequence | None:
+        """The first in line, if there is a slot and room for it."""
+        if not self._waiting or not self._fits(self._waiting[0]):
+            return None
+        seq = self._waiting.popleft()
+        self._admitted += 1
+        seq.order = self._admitted
+        seq.call.begun = True
+        return seq
+
+    def _fits(self, seq: _Sequence) -> bool:
+        slots = len(self._rows) + 1
+        longest = max(s.length for s in (*self._rows, seq))
+        return slots <= self.info.max_batch and self._cache.fits(slots, longest + 1)
+
+    def _fork(self, seq: _Sequence) -> list[_Sequence]:
+        """Let in those next in line with the same prompt: what was just read is copied for them."""
+        forks = []
+        while self._waiting and self._waiting[0].prompt is seq.prompt and not (self._waiting[0].made or seq.made):
+            fork = self._admit()
+            if fork is None:
+                break
+            self._rows.append(fork)
+            self._cache.reserve(*self._slots())
+            self._cache.copy(self._rows.index(seq), len(self._rows) - 1, seq.cached)
+            fork.cached = seq.cached
+            forks.append(fork)
+        return forks
+
+    def _advance(self, seqs: Sequence[_Sequence], tokens: Sequence[int], events: list[Event]) -> None:
+        """Let each sequence take its token, and let go those that are done."""
+        for seq, token in zip(seqs, tokens, strict=True):
+            call = seq.call
+            if call.id not in self._calls:
+                continue  # another of its sequences has just failed
+            if token < 0:
+                self._cache.wipe(self._rows.index(seq))
+                self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
+                continue
+            chunk = seq.take(token)
+            events.append((call.id, chunk))
+            if chunk.finish_reason:
+                self._leave(seq)
+                call.unfinished -= 1
+                if not call.unfinished:
+                    del self._calls[call.id]
+                    events.append((call.id, None))
+
+    # --- slots ---
+
+    def _slots(self) -> tuple[int, int]:
+        """Slots in use, and the longest sequence that the next pass makes of them."""
+        used = [*self._rows, *([self._filling] if self._filling else [])]
+        return len(used), max((s.length for s in used), default=0)
+
+    def _make_room(self) -> None:
+        """Send the newest back to wait while those under way outgrow the cache."""
+        while not self._cache.fits(*self._slots()):
+            newest = self._filling or max(self._rows, key=lambda s: s.order)
+            if newest is self._filling:
+                self._filling = None
+            else:
+                self._leave(newest)
+            newest.cached = 0
+            self._waiting.appendleft(newest)
+
+    def _leave(self, seq: _Sequence) -> None:
+        """Take a sequence out of its slot, and close the gap."""
+        at, last = self._rows.index(seq), len(self._rows) - 1
+        self._cache.copy(last, at, self._rows[last].cached)
+        self._rows[at] = self._rows[last]
+        self._rows.pop()
+        if self._filling:
+            self._cache.copy(last + 1, last, self._filling.cached)
+
+    def _fail(self, seqs: Iterable[_Sequence], error: HfmsError, events: list[Event]) -> None:
+        for call_id in dict.fromkeys(s.call.id for s in seqs):
+            self._forget(call_id)
+            events.append((call_id, error))
+
+    def _forget(self, call_id: str) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is None:
+            return
+        self._waiting = deque(s for s in self._waiting if s.call is not call)
+        if self._filling and self._filling.call is call:
+            self._filling = None
+        for seq in [s for s in self._rows if s.call is call]:
+            self._leave(seq)
+
+
+def _param(entry: str | list[int] | Conversation) -> str:
+    return "messages" if isinstance(entry, Conversation) else "prompt"

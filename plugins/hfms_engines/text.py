@@ -1,0 +1,90 @@
+"""Tokens into text while they are still coming: incremental decoding, and strings that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+
+_BROKEN = "\ufffd"
+# So many of a prompt's last tokens surely hold a whole character, be they bytes.
+CONTEXT = 16
+
+
+class Detokenizer:
+    """Text of a growing sequence of tokens, handed out as soon as it can no longer change.
+
+    decode: tokens to text, special tokens left out; bytes that are no UTF-8 become U+FFFD.
+    skip: tokens without text. context: the prompt, whose end may be half a character, and on which a leading space
+    depends in some vocabularies.
+
+    A token may end in the middle of a character, and its text may depend on the token before it. So a short window is
+    decoded again with each token: what was said last, which begins and ends with whole characters, and what came since.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], *, skip: Container[int] = (), context: Sequence[int] = ()
+    ) -> None:
+        self._decode = decode
+        self._skip = skip
+        self._window = [t for t in context[-CONTEXT:] if t not in skip]
+        self._said = len(self._window)
+        """Tokens at the window's start that were there when it last ended in a whole character."""
+        self._shown = len(_whole(decode(self._window))) if self._window else 0
+        """Characters of the window's text that were handed out."""
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; often none."""
+        if token in self._skip:
+            return ""
+        self._window.append(token)
+        text = self._decode(self._window)
+        whole = _whole(text)
+        new, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        if new and whole == text:
+            self._window = self._window[self._said :]
+            self._said = len(self._window)
+            self._shown = len(self._decode(self._window))
+        return new
+
+    def flush(self) -> str:
+        """What was held back, at the end of the sequence."""
+        text = self._decode(self._window) if self._window else ""
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+
+def _whole(text: str) -> str:
+    """The text without what may yet become a character at its end."""
+    return text.rstrip(_BROKEN)
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
+
+    The first is the one that is complete first; of two that are complete at once, the one that began first. So the
+    answer does not depend on how the text was cut.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [s for s in stops if s]
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """The text that may be shown now, and whether a stop string was met. After that, feed no more."""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

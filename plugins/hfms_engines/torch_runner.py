@@ -1,0 +1,457 @@
+"""The model on its device: loading, the key-value cache, one forward pass. Imports torch: for worker processes only.
+
+Sequences live in slots. A slot is a row of one tensor a layer for keys and one for values, [slots, heads, length,
+width]; running sequences fill slots 0 to B-1, so a forward pass over all of them reads a view and copies nothing.
+Rows of one pass may stand at different positions. Transformers' models ask their cache for that position when they
+make their masks; ours answers with one a row, and `_by_row` makes the mask that the model wants from it. So sliding
+windows, chunks and whatever else a model does with its masks stay the model's own business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+
+import torch
+import transformers
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from hfms_cli import ConfigError, DoesNotFit, LoadFailed, LoadRequest, UnsafeFormat
+
+__all__ = ["Runner", "SlotCache", "load"]
+
+# The cache grows by so many tokens at a time, so that it is not copied for every token.
+BLOCK = 256
+
+
+def blocks(length: int) -> int:
+    """`length` rounded up to what the cache takes for it."""
+    return -(-length // BLOCK) * BLOCK
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+
+class _Slots(CacheLayerMixin):
+    """Keys and values of one layer."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = self._room_like(key_states)
+        self.values = self._room_like(value_states)
+        self.is_initialized = True
+
+    def _room_like(self, states: torch.Tensor) -> torch.Tensor:
+        # Zeros and not just any memory: what a mask hides is still multiplied, and NaN times nothing is NaN.
+        slots, length = self._cache.room
+        return states.new_zeros((slots, states.shape[1], length, states.shape[3]))
+
+    def fit(self) -> None:
+        """Take the size that the cache wants, keeping what there is."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            if (old.shape[0], old.shape[2]) != self._cache.room:
+                new = self._room_like(old)
+                slots, length = min(len(old), len(new)), min(old.shape[2], new.shape[2])
+                new[:slots, :, :length] = old[:slots, :, :length]
+                setattr(self, name, new)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new states, [rows, heads, tokens, width], and return all that these rows may look at."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.fit()
+        at = self._cache.at
+        tokens = key_states.shape[2]
+        rows = slice(at.first, at.first + len(at.starts))
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            if at.level:
+                stored[rows, :, at.starts[0] : at.starts[0] + tokens] = states
+            else:
+                stored[at.rows[:, None], :, at.positions] = states.transpose(1, 2)
+        longest = max(at.starts) + tokens
+        return self.keys[rows, :, :longest], self.values[rows, :, :longest]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return max(self._cache.at.starts) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return max(self._cache.at.starts)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Place:
+    """Where the rows of one forward pass stand: slots `first` and up, each at its own start."""
+
+    def __init__(self, first: int, starts: Sequence[int], tokens: int, device: torch.device) -> None:
+        self.first = first
+        self.starts = starts
+        self.level = len(set(starts)) == 1
+        self.offsets = torch.tensor(starts, device=device)
+        self.rows = torch.arange(first, first + len(starts), device=device)
+        self.positions = self.offsets[:, None] + torch.arange(tokens, device=device)
+        """[rows, tokens]"""
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Keys and values of all running sequences.
+
+    budget: tokens that all slots together may hold, padding included; the caller sees to it with `fits`.
+    """
+
+    def __init__(self, budget: int = 2**62) -> None:
+        super().__init__(layers=[])
+        self.budget = budget
+        self.room = (0, 0)
+        """Slots, and tokens of each."""
+        self.at = _Place(0, [0], 0, torch.device("cpu"))
+
+    def fits(self, slots: int, length: int) -> bool:
+        """Whether so many slots can each have this length."""
+        return slots * blocks(length) <= self.budget
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for so many slots of this length, and perhaps for some more slots."""
+        if slots > self.room[0] or length > self.room[1]:
+            twice = 1 << (slots - 1).bit_length()
+            self.room = (twice if self.fits(twice, length) else slots, blocks(length))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_Slots(self))
+        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return max(self.at.starts) + query_length, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.at.starts)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """One number where all rows stand at the same position, else [rows, 1, 1, 1], which `_by_row` knows."""
+        return self.at.starts[0] if self.at.level else self.at.offsets[:, None, None, None]
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make slot `target` hold what slot `source` holds; both lie in what was reserved."""
+        if source == target:
+            return
+        for layer in self._filled():
+            layer.fit()
+            for stored in (layer.keys, layer.values):
+                stored[target, :, :length] = stored[source, :, :length]
+
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Remove values that are not finite, which would spoil the next sequence in this slot."""
+        for layer in self._filled():
+            layer.fit()
+            layer.keys[slot] = 0
+            layer.values[slot] = 0
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.room = (0, 0)
+        self.layers.clear()
+
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in one slot. Known after the first forward pass."""
+        return sum(t[0, :, 0].numel() * t.element_size() for layer in self._filled() for t in (layer.keys, layer.values))
+
+    def _filled(self) -> list[_Slots]:
+        # A layer that shares another's keys and values never stores any.
+        return [layer for layer in self.layers if layer.is_initialized]
+
+
+def _by_row(mask: Callable[..., Any], *, additive: bool) -> Callable[..., Any]:
+    """A maker of attention masks that lets each row stand at a position of its own."""
+
+    @functools.wraps(mask)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        offset = kwargs.get("q_offset")
+        if not (isinstance(offset, torch.Tensor) and offset.ndim == 4):
+            return mask(*args, **kwargs)
+        rows, tokens, length = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
+        device = offset.device
+        seen = kwargs["mask_function"](
+            torch.arange(rows, device=device)[:, None, None, None],
+            torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device),
+            offset + torch.arange(tokens, device=device)[None, None, :, None],
+            torch.arange(length, device=device)[None, None, None, :],
+        ).expand(rows, 1, tokens, length)
+        if not additive:
+            return seen
+        dtype = kwargs.get("dtype", torch.float32)
+        return torch.zeros((), device=device, dtype=dtype).where(seen, torch.finfo(dtype).min)
+
+    made.by_row = True  # type: ignore[attr-defined]
+    return made
+
+
+def _teach_masks() -> None:
+    """Put `_by_row` around transformers' two kinds of dense mask; all other callers get what they always got."""
+    for name in ("sdpa", "eager"):
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if not hasattr(mask, "by_row"):
+            AttentionMaskInterface.register(name, _by_row(mask, additive=name == "eager"))
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A model and its tokenizer, ready to run."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, device: torch.device, context_length: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+        self.context_length = context_length
+        self.cache = SlotCache()
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.stop_ids = _stop_ids(model, tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.silent_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        """Tokens without text."""
+        known = inspect.signature(model.forward).parameters
+        # A model that brings its own code may know the cache by its name of before.
+        self._cache_name = "cache" if "cache" in known or "past_key_values" not in known else "past_key_values"
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0) -> torch.Tensor:
+        """Run the rows in slots `first` and up, and return the logits of each row's last token.
+
+        tokens: [rows, tokens], as many for each row; starts: each row's position in its slot. Several tokens only
+        where all rows have the same start. Returns [rows, vocabulary] float32.
+        """
+        self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
+        ids = torch.tensor(tokens, device=self.device)
+        cache = {self._cache_name: self.cache}
+        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **self._keep)
+        return out.logits[:, -1].float()
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+
+    def weights_bytes(self) -> int:
+        """Bytes of parameters and buffers."""
+        held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(held.values())
+
+    def release(self) -> None:
+        """Give the cache's memory back to the device."""
+        self.cache.release()
+        self.trim()
+
+    def trim(self) -> None:
+        """Give memory back that torch keeps for its next allocations."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+    @staticmethod
+    def is_out_of_memory(exc: BaseException) -> bool:
+        """Whether a device, or the host, had no memory left."""
+        if isinstance(exc, torch.OutOfMemoryError | MemoryError):
+            return True
+        # The CPU and MPS allocators raise a plain RuntimeError.
+        return isinstance(exc, RuntimeError) and any(
+            words in str(exc) for words in ("out of memory", "can't allocate memory", "not enough memory")
+        )
+
+    @staticmethod
+    def is_lost(exc: BaseException) -> bool:
+        """Whether the device is in a state that only a new process can leave."""
+        # torch before 2.8 has no class for this.
+        return isinstance(exc, getattr(torch, "AcceleratorError", ())) and not Runner.is_out_of_memory(exc)
+
+    @torch.inference_mode()
+    def prove(self) -> None:
+        """Refuse a model that answers otherwise from our cache than without one. Also warms it up.
+
+        Two rows are filled to different lengths in different ways, go on side by side, and must say what the whole
+        prompt says in one pass. This is what tells a model that keeps more state than keys and values, or that
+        derives positions from its cache's length.
+        """
+        ids = [i % self.vocabulary for i in (11, 7, 19, 5, 13)]
+        try:
+            whole = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0].float()
+            self.cache.reserve(2, len(ids))
+            self.forward([ids[:2], ids[:2]], [0, 0])
+            self.forward([ids[2:4]], [2])
+            ours = self.forward([[ids[4]], [ids[2]]], [4, 2])
+        except Exception as exc:
+            if self.is_out_of_memory(exc):
+                raise
+            raise LoadFailed(f"This model cannot run in a batch: {_kind(self.model)} does not take our cache.") from exc
+        theirs = whole[[4, 2]]
+        error = float((ours - theirs).norm() / theirs.norm())
+        # Experts may be chosen otherwise where two are equally good, so half precision is let stray.
+        if not error < (0.01 if self.model.dtype == torch.float32 else 0.2):
+            raise LoadFailed(
+                f"This model cannot run in a batch: {_kind(self.model)} answers otherwise when sequences of different"
+                " lengths run together."
+            )
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and all that the model's generation settings name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def load(request: LoadRequest, *, cache_bytes: int) -> Runner:
+    """Load a model that keeps its state in keys and values only.
+
+    cache_bytes: for keys and values of all running sequences. Raises LoadFailed, UnsafeFormat and DoesNotFit.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    _teach_masks()
+    try:
+        with _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext():
+            runner = _load(request)
+        runner.prove()
+    except Exception as exc:
+        if Runner.is_out_of_memory(exc):
+            raise DoesNotFit(f"The model needs more memory than {request.device.name} has free.") from exc
+        raise
+    token_bytes = runner.cache.token_bytes()
+    runner.release()
+    budget = cache_bytes // token_bytes
+    if budget < BLOCK:
+        raise DoesNotFit(
+            f"A cache of {cache_bytes} bytes holds {budget} tokens of this model, and {BLOCK} are the least;"
+            " set [engine.transformers] kv_cache_bytes, or free memory."
+        )
+    runner.cache.budget = budget
+    # One sequence alone must always fit.
+    runner.context_length = min(runner.context_length, budget // BLOCK * BLOCK)
+    return runner
+
+
+def _load(request: LoadRequest) -> Runner:
+    card, folder = request.card, str(Path(request.folder))
+    device = torch.device(request.device.torch_device or "cpu")
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
+    if card.format == "gguf":
+        common["gguf_file"] = card.weights[0]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **common)
+        if reason := _why_not(config):
+            raise LoadFailed(reason)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
+        how: dict[str, Any] = dict(common)
+        if card.format != "gguf":
+            how |= {"use_safetensors": card.format == "safetensors", "weights_only": True}
+        if device.type != "cpu":
+            how["device_map"] = {"": device}  # straight to the device, without a copy of all weights here
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=_dtype(request, device), **how
+        )
+    except (LoadFailed, ConfigError):
+        raise
+    except Exception as exc:
+        if Runner.is_out_of_memory(exc):
+            raise
+        if card.remote_code and not request.trust_remote_code:
+            raise UnsafeFormat(
+                "This model needs Python code of its own; set [models] trust_remote_code to let it run."
+            ) from exc
+        raise LoadFailed(f"transformers cannot load this model: {type(exc).__name__}.") from exc
+    model.eval()
+    return Runner(model, tokenizer, device=device, context_length=_context_length(config, tokenizer, request))
+
+
+def _dtype(request: LoadRequest, device: torch.device) -> Any:
+    """float32 on CPU, the model's own elsewhere; what is unpacked from a GGUF has none of its own."""
+    if request.dtype != "auto":
+        return getattr(torch, request.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if request.card.format == "gguf" else "auto"
+
+
+def _context_length(config: Any, tokenizer: Any, request: LoadRequest) -> int:
+    named = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = named or request.card.context_length or tokenizer.model_max_length
+    # Tokenizers say 10**30 where they do not know.
+    return int(limit) if limit < 2**31 else 2048
+
+
+def _why_not(config: Any) -> str | None:
+    """Why a model with this configuration cannot run from a cache of keys and values alone, or None."""
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder; this engine runs decoders."
+    known = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        return f"transformers has no causal language model of type {name}."
+    if type(config) in known and getattr(known[type(config)], "_is_stateful", False):
+        return f"{name} keeps a recurrent state, which cannot be kept in slots; this engine runs attention models."
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in plain:
+            return f"{name} keeps more than keys and values ({type(layer).__name__}); this engine runs attention models."
+    return None
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Read a GGUF once and faster, while this lasts.
+
+    transformers parses it for the config, for the tokenizer and for the weights, and each time makes one memmap object
+    for each of a hundred thousand texts and numbers: seconds, in which a model that crashed is not back.
+    """
+    import gguf
+    import numpy
+
+    mapped = numpy.memmap
+    better: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (numpy, "memmap", lambda *args, **kwargs: mapped(*args, **kwargs).view(numpy.ndarray)),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in better]
+    try:
+        for module, name, made in better:
+            setattr(module, name, made)
+        yield
+    finally:
+        for module, name, made in before:
+            setattr(module, name, made)

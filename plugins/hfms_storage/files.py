@@ -1,0 +1,100 @@
+"""Which of a model's files an engine needs: one set of weights, and the small files that go with it.
+
+A repository often holds the same weights five times over. Safetensors are taken where there are any, then one GGUF
+model, and pickles only where there is nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+__all__ = ["PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag"]
+
+PICKLES = (".bin", ".pt", ".pth")
+
+# Configurations, tokenizers and chat templates. Nothing of this is ever run.
+_SIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+_NO_SIDE = re.compile(r"(.*\.index|trainer_state|all_results|train_results|eval_results)\.json|requirements.*\.txt")
+# The folders of sentence-transformers' modules (1_Pooling), and of chat templates.
+_FOLDERS = re.compile(r"(?:(?:\d+_\w+|additional_chat_templates)/)?[^/]+")
+
+_PART = re.compile(r"(.*)-\d{5}-of-\d{5}")
+_QUANT = re.compile(r"(?:^|[-_./])((?:UD-)?(?:IQ|TQ|Q)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
+_NO_GGUF = re.compile(r"(.*/)?(mmproj|imatrix)[^/]*|.*imatrix\.gguf", re.IGNORECASE)
+_NO_PICKLE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*")
+
+
+class SeveralModels(Exception):
+    """There is more than one GGUF model; `models` are their names without `.gguf`."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        super().__init__()
+        self.models = tuple(models)
+
+
+def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
+    """The files to take, sorted; none where there is no model.
+
+    paths: relative and POSIX. quant: takes the GGUF model of that quantisation or name, if there is one, and nothing
+    else. Raises SeveralModels where `quant` is needed.
+    """
+    known = sorted(paths)
+    near = [p for p in known if _FOLDERS.fullmatch(p)]
+    old = [p.removesuffix("config.json") for p in near if re.fullmatch(r"0_\w+/config\.json", p)]
+    base = old[0] if old and "config.json" not in near else ""
+    side = [p for p in near if p.endswith(_SIDE) and not _NO_SIDE.fullmatch(p.rpartition("/")[2])]
+    if not quant and f"{base}config.json" in near and (weights := _safetensors(near, base)):
+        return tuple(sorted({*side, *weights}))
+    if models := gguf_models(known):
+        return _gguf(models, quant)
+    if not quant and (pickles := _pickles(near, base)):
+        return tuple(sorted({*side, *pickles}))
+    return ()
+
+
+def gguf_models(paths: Iterable[str]) -> dict[str, list[str]]:
+    """GGUF models by name without `.gguf`; the parts of one model are one."""
+    models: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        if path.endswith(".gguf") and path.count("/") <= 1 and not _NO_GGUF.fullmatch(path):
+            stem = path.removesuffix(".gguf")
+            part = _PART.fullmatch(stem)
+            models.setdefault(part[1] if part else stem, []).append(path)
+    return models
+
+
+def gguf_tag(model: str) -> str:
+    """What tells a GGUF model from its siblings: its quantisation, as `Q4_K_M`, or its whole name."""
+    found = _QUANT.search(model)
+    return found[1] if found else model.rpartition("/")[2]
+
+
+def _gguf(models: dict[str, list[str]], quant: str) -> tuple[str, ...]:
+    if not quant:
+        if len(models) > 1:
+            raise SeveralModels(models)
+        return tuple(next(iter(models.values())))
+    word = re.compile(rf"(.*[-_./])?{re.escape(quant)}([-_.].*)?", re.IGNORECASE)
+    fitting = sorted((m for m in models if word.fullmatch(m)), key=lambda m: (len(m), m))
+    return tuple(models[fitting[0]]) if fitting else ()
+
+
+def _safetensors(near: list[str], base: str) -> list[str]:
+    """In transformers' order: one file, the parts that an index joins, or what else there is."""
+    own = [p for p in near if p.startswith(base) and "/" not in p[len(base) :]]
+    modules = [p for p in near if p.endswith("/model.safetensors") and not (base and p.startswith(base))]
+    if f"{base}model.safetensors" in own:
+        return [f"{base}model.safetensors", *modules]
+    index = f"{base}model.safetensors.index.json"
+    if index in own:
+        return [index, *(p for p in own if re.fullmatch(r"model-.*\.safetensors", p[len(base) :])), *modules]
+    strange = re.compile(r"(consolidated|adapter).*")
+    other = [p for p in own if p.endswith(".safetensors") and not strange.fullmatch(p[len(base) :])]
+    return [*other, *modules] if other else []
+
+
+def _pickles(near: list[str], base: str) -> list[str]:
+    found = [p for p in near if p.endswith(PICKLES) and not _NO_PICKLE.fullmatch(p.rpartition("/")[2])]
+    usual = [p for p in found if re.fullmatch(r"pytorch_model.*\.bin", p.rpartition("/")[2])]
+    return [*(usual or found), *(p for p in near if p == f"{base}pytorch_model.bin.index.json")]

