@@ -59,9 +59,6 @@ class ModelsConfig:
     serve: list[str] = setting(list, "Models to load at start, as `hfms serve` takes them.", env="MODELS")
     aliases: dict[str, str] = setting(dict, "More names for models: alias = model.")
     folders: list[str] = setting(list, "Folders whose models may be loaded by name over HTTP.", env="MODEL_FOLDERS")
-    cache_dir: str = setting(
-        "", 'Where pulled packages are kept; empty: "hfms" in the user\'s cache folder.', env="CACHE_DIR"
-    )
     dtype: str = setting(
         "auto",
         "Precision of weights; auto: float32 on CPU, the model's own elsewhere.",
@@ -178,14 +175,6 @@ class Config:
         """The options of one plugin, read by its own dataclass. Raises ConfigError."""
         values = self.options.get((kind, name), {})
         return read_table(table, values, where=f"{self.file} [{kind}.{name}]", environ=self.environ)
-
-    @property
-    def cache_dir(self) -> Path:
-        """Where hfms keeps what it has fetched, beside the Hugging Face cache."""
-        if self.models.cache_dir:
-            return Path(self.models.cache_dir).expanduser()
-        base = self.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        return Path(base) / "hfms"
 
 
 def load_config(

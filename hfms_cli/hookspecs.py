@@ -57,6 +57,11 @@ class Storage(Protocol):
 
     name: str
 
+    @property
+    def root(self) -> Path | None:
+        """The folder in which it keeps what it fetched; None where it keeps nothing."""
+        ...
+
     def claims(self, name: ModelName) -> bool:
         """Whether a name could be one of this storage's, judged by its form alone."""
         ...

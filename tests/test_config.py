@@ -117,9 +117,11 @@ def test_flag_wins_over_all_else(case, written):
     assert config.origins[table, s.name] == "flag"
 
 
-def test_no_variable_sets_two_settings():
-    names = [s.env for _, s in CORE if s.env] + [s.env for *_, s in OPTIONS if s.env] + list(SWITCHES)
-    assert len(names) == len(set(names))
+def test_no_variable_means_two_things():
+    """HFMS_CACHE_DIR is the core's and a storage's, which say the same of it."""
+    meaning = dict.fromkeys(SWITCHES, "")
+    for s in [case[-1] for case in (*CORE, *OPTIONS) if case[-1].env]:
+        assert meaning.setdefault(s.env, s.help) == s.help
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -244,13 +246,6 @@ def test_options_of_a_plugin_are_kept_for_it_and_name_their_table(written):
     assert config.options == {(kind, name): {s: 3}}
     with pytest.raises(ConfigError, match=r"hfms\.toml \[middleware\.mine\]: unknown key `level`"):
         config.plugin_options(kind, name, TABLES[0][1])
-
-
-def test_cache_folder_is_the_setting_or_below_the_users_cache():
-    assert Config(environ={"XDG_CACHE_HOME": "/somewhere"}).cache_dir == Path("/somewhere/hfms")
-    assert Config(environ={}).cache_dir == Path("~/.cache/hfms").expanduser()
-    named = load_config(environ={"HFMS_CACHE_DIR": "~/models", "HFMS_CONFIG": ""})
-    assert named.cache_dir == Path("~/models").expanduser()
 
 
 def toml_values(s: Setting) -> st.SearchStrategy[Any]:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from hfms_cli.cli.hardware import first_choice, probe_all
 from hfms_cli.cli.options import AsJson, ConfigFile
 from hfms_cli.cli.output import console, human_bytes, print_json, printable
 from hfms_cli.config import SWITCHES, TABLES, Config, load_config
-from hfms_cli.errors import ConfigError, close_matches
+from hfms_cli.errors import ConfigError, StartupError, close_matches
 from hfms_cli.hookspecs import KINDS
 from hfms_cli.plugins import Plugins, discover
 from hfms_cli.settings import PREFIXES, settings_of
@@ -73,7 +74,7 @@ def examine(file: Path | None) -> Iterator[Finding]:
     plugins = discover(config)
     yield from check_plugins(plugins, config)
     yield from check_devices(plugins, config)
-    yield from check_folders(config)
+    yield from check_folders(plugins, config)
     yield from check_port(config)
     yield from check_hugging_face()
     yield from check_variables(plugins, config.environ)
@@ -142,12 +143,13 @@ def check_devices(plugins: Plugins, config: Config) -> Iterator[Finding]:
         yield Finding("problem", "devices", "no device that the configuration allows", advice)
 
 
-def check_folders(config: Config) -> Iterator[Finding]:
+def check_folders(plugins: Plugins, config: Config) -> Iterator[Finding]:
     """Whether what is fetched can be kept, and whether the operator's folders are there."""
-    from huggingface_hub import constants
-
-    for what, folder in (("packages", config.cache_dir), ("Hugging Face models", Path(constants.HF_HUB_CACHE))):
-        yield cache_folder(what, folder)
+    for name in config.order("storage"):
+        with suppress(StartupError):  # told of by check_plugins
+            root: Path | None = plugins.create("storage", name, config).root
+            if root is not None:
+                yield cache_folder(f"[storage.{name}]", root)
     for folder in map(Path, config.models.folders):
         if not folder.expanduser().is_dir():
             yield Finding("problem", "folders", f"[models] folders names {folder}, which is no folder", "create it")
@@ -157,7 +159,7 @@ def cache_folder(what: str, folder: Path, scarce: int = SCARCE_DISK_BYTES) -> Fi
     """Whether a folder can be written, or made, and has room."""
     home = next(p for p in (folder, *folder.absolute().parents) if p.exists())  # the root always exists
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        advice = "give this user the right to write there, or name another folder ([models] cache_dir, HF_HOME)"
+        advice = "give this user the right to write there, or name another folder (HFMS_CACHE_DIR, HF_HOME)"
         return Finding("problem", "folders", f"{folder} (for {what}) cannot be written: {home}", advice)
     free = shutil.disk_usage(home).free
     text = f"{folder} (for {what}): {human_bytes(free)} free" + ("" if folder.exists() else ", not made yet")

@@ -40,8 +40,8 @@ def list_models(config: ConfigFile = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json([_as_json(m) for m in found])
         return
-    rows = [[str(m.name), m.storage, m.revision[:12], human_bytes(m.size), m.source] for m in found]
-    print_table(["MODEL", "STORAGE", "REVISION", "SIZE", "SOURCE"], rows)
+    rows = [[str(m.name), m.storage, m.revision[:12], human_bytes(m.size)] for m in found]
+    print_table(["MODEL", "STORAGE", "REVISION", "SIZE"], rows)
 
 
 @app.command()

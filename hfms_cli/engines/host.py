@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,19 @@ class HostOptions:
     max_calls: int = 256
     heartbeat_seconds: float = 60.0
     load_seconds: float = 600.0
+
+
+def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a worker process.
+
+    It needs no key of ours, and a model's own code could read them there. And it must not spin while it waits for
+    its other threads: where two processes share the cores, as two models do, libgomp's default slows both down a
+    hundredfold, since each spins on a core that the other needs. What the operator has set stays.
+    """
+    kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET"))}
+    if "OMP_WAIT_POLICY" not in kept:
+        kept.setdefault("GOMP_SPINCOUNT", "1000")
+    return kept
 
 
 class EngineHost:
@@ -143,6 +156,11 @@ class EngineHost:
         """Calls in the worker, waiting ones too."""
         return len(self._calls)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the model holds of its device: on the CPU its process's memory, elsewhere what its engine took."""
+        return self.memory_bytes if self.info.device == "cpu" else self.info.memory_bytes
+
     def alive(self) -> bool:
         """Whether the engine's own loop has been heard of lately."""
         silent = self._loop.time() - self._last_beat
@@ -173,8 +191,6 @@ class EngineHost:
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        # A worker needs no key of ours, and a model's own code could read them there.
-        environ = {k: v for k, v in os.environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET"))}
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -184,7 +200,7 @@ class EngineHost:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C in the terminal must not reach it
-                env=environ,
+                env=worker_environ(os.environ),
             )
         self.pid = self._process.pid
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -214,8 +230,8 @@ class EngineHost:
     async def _watch(self) -> None:
         """End a process whose loop has fallen silent: a hang looks like nothing else from here."""
         limit = self._options.heartbeat_seconds
-        while (silent := self._loop.time() - self._last_beat) < limit:
-            await asyncio.sleep(limit - silent)  # noqa: ASYNC110 - an event a beat would cost one a step
+        while (silent := self._loop.time() - self._last_beat) < limit:  # noqa: ASYNC110 - an event a step costs more
+            await asyncio.sleep(limit - silent)
         await self.kill(f"its loop was silent for {limit:g} s")
 
     async def _reap(self) -> str:

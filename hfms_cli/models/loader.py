@@ -67,7 +67,7 @@ class Loader:
         device = self._now(placement.request.device)
         with self.ledger.reserved_if_loaded(device, placement.size) as reservation:
             host = await EngineHost.start(model, placement.request, self._host_options(placement.engine))
-            reservation.taken = lambda: host.memory_bytes if device.kind == "cpu" else host.info.memory_bytes
+            reservation.taken = lambda: host.held_bytes
             return host, reservation
 
     def devices(self) -> list[Device]:

@@ -301,7 +301,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
             "dtype": info.dtype,
             "tasks": list(info.tasks),
             "context_length": info.context_length,
-            "memory_bytes": max(host.memory_bytes, info.memory_bytes),
+            "memory_bytes": host.held_bytes,
             "pid": host.pid,
             "requests_running": host.running,
             "requests_waiting": host.waiting,

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from hfms_cli import Engine, Provider, Storage, hookimpl
 from hfms_engines.echo import EchoEngine, EchoOptions, EchoStorage
 from hfms_engines.embeddings import Embeddings, EmbeddingsOptions
+from hfms_engines.generation import GenerationEngine, GenerationOptions
 
 
 @hookimpl
 def hfms_engines() -> Iterator[Provider[Engine]]:
     yield Provider("echo", EchoEngine, EchoOptions, summary="Answers with the prompt: for tests and measurements.")
+    yield Provider("transformers", GenerationEngine, GenerationOptions, summary="Text generation by torch, batched.")
     yield Provider("embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings, as sentence-transformers.")
 
 

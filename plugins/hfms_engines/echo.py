@@ -184,6 +184,7 @@ class EchoStorage:
     """The storage `echo`: every `echo:NAME` is there, and takes no room."""
 
     name = "echo"
+    root = None
     FOLDER = Path(__file__).parent / "echo_model"
 
     def claims(self, name: ModelName) -> bool:

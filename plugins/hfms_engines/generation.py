@@ -18,10 +18,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfms_cli import (
     BadRequest,
@@ -38,6 +37,7 @@ from hfms_cli import (
     ModelCard,
     NoChatTemplate,
     Sampling,
+    Task,
     setting,
 )
 from hfms_engines.text import Detokenizer, StopStrings
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hfms.engine")
 
+T = TypeVar("T")
 Event = tuple[str, Chunk | HfmsError | None]
 
 # What a process with torch in it, and activations, take beside weights and cache.
@@ -57,22 +58,25 @@ _WORKING_BYTES = 512 * 2**20
 # Of the memory that is free when the weights are in, so much may go to keys and values.
 _CACHE_SHARE = 0.25
 
+# fmt: off
 # Models with a state that is not keys and values. `load` finds out by itself; this is to say so before anything runs.
-_RECURRENT = frozenset(
-    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax"
-    " nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen35 qwen35moe"
-    " recurrent_gemma rwkv xlstm zamba zamba2".split()
-)
+_RECURRENT = {
+    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
+    "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen35", "qwen35moe", "qwen3_5",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba",
+    "zamba2",
+}
 # GGUF architectures that transformers can unpack.
-GGUF_ARCHITECTURES = frozenset(
-    "bloom deci falcon gemma2 gemma3 gemma4 gpt-oss gpt2 llama minimax-m2 mistral nemotron phi3 qwen2 qwen2moe qwen3"
-    " qwen3moe stablelm starcoder2".split()
-)
+GGUF_ARCHITECTURES = {
+    "bloom", "deci", "falcon", "gemma2", "gemma3", "gemma4", "gpt-oss", "gpt2", "llama", "minimax-m2", "mistral",
+    "nemotron", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2",
+}
 # What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
-_NOT_FOR_TEMPLATES = frozenset(
-    "chat_template conversation max_length padding return_assistant_tokens_mask return_dict return_tensors"
-    " sanitize_control_tokens tokenize tokenizer_kwargs truncation".split()
-)
+_NOT_FOR_TEMPLATES = {
+    "chat_template", "conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class GenerationOptions:
     """Text generation by torch and transformers."""
 
     max_batch: int = setting(16, "Sequences that run at once.", ge=1)
-    prefill_tokens: int = setting(512, "Prompt tokens that one step reads; more is faster, and stalls answers longer.", ge=1)
+    prefill_tokens: int = setting(
+        512, "Prompt tokens that one step reads; more is faster, and stalls answers longer.", ge=1
+    )
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
     )
@@ -90,7 +96,7 @@ class GenerationEngine:
     """Decoders that transformers' AutoModelForCausalLM knows, from safetensors or GGUF, wherever torch runs."""
 
     name = "transformers"
-    tasks = ("generate",)
+    tasks: tuple[Task, ...] = ("generate",)
 
     def __init__(self, options: GenerationOptions = GenerationOptions()) -> None:
         self.options = options
@@ -239,7 +245,8 @@ class Generator:
         self.info = info
         self._runner = runner
         self._cache = runner.cache
-        self._sampling = sampling
+        self._sample = sampling.sample
+        self._sampler = sampling.Sampler
         self._prefill_tokens = prefill_tokens
         self._calls: dict[str, _Call] = {}
         self._waiting: deque[_Sequence] = deque()
@@ -254,12 +261,14 @@ class Generator:
     def submit(self, call: Call) -> None:
         """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
         if call.task != "generate":
-            raise BadRequest(f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model")
+            raise BadRequest(
+                f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model"
+            )
+        if call.id in self._calls:
+            raise BadRequest("A call with this id is under way.")
         self._check(call.sampling)
         prompts = [_Prompt(self._tokens(entry)) for entry in call.inputs]
-        limits = [
-            self._limit(prompt, entry, call.sampling) for prompt, entry in zip(prompts, call.inputs, strict=True)
-        ]
+        limits = [self._limit(prompt, entry, call.sampling) for prompt, entry in zip(prompts, call.inputs, strict=True)]
         kept = _Call(call.id, unfinished=len(prompts) * call.n)
         self._calls[call.id] = kept
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -275,7 +284,7 @@ class Generator:
             index,
             prompt,
             limit,
-            sampler=self._sampling.Sampler(sampling, prompt=prompt.ids, stop_ids=runner.stop_ids, choice=choice),
+            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=runner.stop_ids, choice=choice),
             words=Detokenizer(runner.decode, skip=runner.silent_ids, context=prompt.ids),
             stops=StopStrings(sampling.stop),
             stop_ids=frozenset() if sampling.ignore_eos else runner.stop_ids,
@@ -290,7 +299,8 @@ class Generator:
     def _check_token(self, token: int, param: str) -> None:
         if not 0 <= token < self._runner.vocabulary:
             raise BadRequest(
-                f"Token {token} is not in the model's vocabulary, which has {self._runner.vocabulary} tokens.", param=param
+                f"Token {token} is not in the model's vocabulary, which has {self._runner.vocabulary} tokens.",
+                param=param,
             )
 
     def _tokens(self, entry: str | list[int] | Conversation) -> list[int]:
@@ -315,10 +325,11 @@ class Generator:
         tokenizer = self._runner.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise NoChatTemplate(
-                "This model has no chat template, so it cannot hold a conversation; use /v1/completions.", param="messages"
+                "This model has no chat template, so it cannot hold a conversation; use /v1/completions.",
+                param="messages",
             )
         extra = chat.template_kwargs or {}
-        if taken := sorted(_NOT_FOR_TEMPLATES & set(extra)):
+        if taken := sorted(_NOT_FOR_TEMPLATES & extra.keys()):
             raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
         try:
             ids: list[int] = tokenizer.apply_chat_template(
@@ -380,9 +391,13 @@ class Generator:
 
     def _decode(self, events: list[Event]) -> None:
         rows = list(self._rows)
-        with self._giving_up(rows, events):
+
+        def work() -> list[int]:
             logits = self._forward([[s.made[-1]] for s in rows], [s.cached for s in rows], first=0)
-            tokens = self._sampling.sample(logits, [s.sampler for s in rows])
+            return self._choose(logits, rows)
+
+        tokens = self._attempt(work, rows, events)
+        if tokens is not None:
             for seq in rows:
                 seq.cached += 1
             self._advance(rows, tokens, events)
@@ -391,26 +406,40 @@ class Generator:
         self._filling = seq = self._filling or self._admit()
         if seq is None:
             return
-        with self._giving_up([seq], events):
-            piece = seq.tokens[seq.cached : seq.cached + self._prefill_tokens]
-            logits = self._forward([piece], [seq.cached], first=len(self._rows))
-            seq.cached += len(piece)
-            if seq.cached == seq.length:
-                self._filling = None
-                self._rows.append(seq)
-                family = [seq, *self._fork(seq)]
-                tokens = self._sampling.sample(logits.repeat(len(family), 1), [s.sampler for s in family])
-                self._advance(family, tokens, events)
+        piece = seq.tokens[seq.cached : seq.cached + self._prefill_tokens]
+        logits = self._attempt(lambda: self._forward([piece], [seq.cached], first=len(self._rows)), [seq], events)
+        if logits is None:
+            return
+        seq.cached += len(piece)
+        if seq.cached < seq.length:
+            return
+        self._filling = None
+        self._rows.append(seq)
+        family = [seq]
+
+        def work() -> list[int]:
+            family.extend(self._fork(seq))
+            return self._choose(logits.repeat(len(family), 1), family)
+
+        tokens = self._attempt(work, [seq], events)
+        if tokens is not None:
+            self._advance(family, tokens, events)
 
     def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int) -> torch.Tensor:
         self._cache.reserve(*self._slots())
         return self._runner.forward(tokens, starts, first)
 
-    @contextmanager
-    def _giving_up(self, seqs: Sequence[_Sequence], events: list[Event]) -> Iterator[None]:
-        """Where a forward pass fails, give up no more calls than needed. Nothing has changed that a next try needs."""
+    def _choose(self, logits: torch.Tensor, seqs: Sequence[_Sequence]) -> list[int]:
+        tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
+        return tokens
+
+    def _attempt(self, work: Callable[[], T], seqs: Sequence[_Sequence], events: list[Event]) -> T | None:
+        """Do work on the device; where it fails, give up no more calls than needed, and return None.
+
+        What a next attempt relies on changes only after the work.
+        """
         try:
-            yield
+            return work()
         except Exception as exc:
             if self._runner.is_lost(exc):
                 raise
@@ -421,6 +450,7 @@ class Generator:
             else:
                 log.exception("a forward pass failed")
                 self._fail(seqs, EngineFault("The model failed on this request."), events)
+            return None
 
     def _admit(self) -> _Sequence | None:
         """The first in line, if there is a slot and room for it."""
@@ -461,7 +491,12 @@ class Generator:
                 self._cache.wipe(self._rows.index(seq))
                 self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
                 continue
-            chunk = seq.take(token)
+            try:
+                chunk = seq.take(token)
+            except Exception:
+                log.exception("a token could not become text")
+                self._fail([seq], EngineFault("The model's output could not become text."), events)
+                continue
             events.append((call.id, chunk))
             if chunk.finish_reason:
                 self._leave(seq)

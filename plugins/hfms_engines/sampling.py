@@ -31,7 +31,10 @@ class Sampler:
         self.sampling = sampling
         self.greedy = sampling.temperature < GREEDY
         self.made: Counter[int] = Counter()
-        self._random = random.Random(None if sampling.seed is None else f"{sampling.seed}/{choice}")
+        # Reproducible answers are wanted, not secrets.
+        self._random = random.Random(  # noqa: S311
+            None if sampling.seed is None else f"{sampling.seed}/{choice}"
+        )
         self._stop_ids = list(stop_ids)
         self._prompt = list(set(prompt)) if sampling.repetition_penalty != 1 else []
         self._count = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -73,12 +76,17 @@ class Sampler:
         return self._random.random()
 
 
-@torch.inference_mode()
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each row of `logits`, [rows, vocabulary] float32; -1 where a row is not finite.
 
     The logits are overwritten.
     """
+    with torch.inference_mode():
+        tokens: list[int] = _sample(logits, samplers).tolist()
+    return tokens
+
+
+def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     # The largest of a row with a NaN is NaN, so one pass finds the token and proves the row sound.
     best, chosen = logits.max(dim=-1)
     sound = best.isfinite()
@@ -90,8 +98,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     drawn = [i for i, s in enumerate(samplers) if not s.greedy]
     if drawn:
         chosen[drawn] = _draw(logits[drawn], [samplers[i] for i in drawn])
-    tokens: list[int] = torch.where(sound, chosen, -1).tolist()
-    return tokens
+    return torch.where(sound, chosen, -1)
 
 
 def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
@@ -104,7 +111,9 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         least = column([s.min_p for s in settings]) * probs.amax(dim=-1, keepdim=True)
         probs = probs.where(probs >= least, 0)
     if any(s.top_k or s.top_p < 1 for s in settings):
-        probs = _keep_top(probs, column([s.top_k or logits.shape[1] for s in settings]), column([s.top_p for s in settings]))
+        probs = _keep_top(
+            probs, column([s.top_k or logits.shape[1] for s in settings]), column([s.top_p for s in settings])
+        )
     # MPS has no float64.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     heaped = probs.cumsum(dim=-1, dtype=exact)

@@ -15,9 +15,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+# Both are read when what they are for is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
+# Threads that spin while they wait for each other take the core that the other needs, as soon as anything else runs on
+# this machine, such as the server itself: measured on two cores with one of them busy, a pass took eight times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
@@ -39,6 +43,15 @@ __all__ = ["Runner", "SlotCache", "load"]
 BLOCK = 256
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _inference(work: F) -> F:
+    """Run `work` without gradients. What is made in this mode can be changed in this mode only."""
+    wrapped: F = torch.inference_mode()(work)
+    return wrapped
+
+
 def blocks(length: int) -> int:
     """`length` rounded up to what the cache takes for it."""
     return -(-length // BLOCK) * BLOCK
@@ -47,7 +60,7 @@ def blocks(length: int) -> int:
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-class _Slots(CacheLayerMixin):
+class _Slots(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer."""
 
     def __init__(self, cache: SlotCache) -> None:
@@ -155,23 +168,19 @@ class SlotCache(Cache):  # type: ignore[misc]
         """One number where all rows stand at the same position, else [rows, 1, 1, 1], which `_by_row` knows."""
         return self.at.starts[0] if self.at.level else self.at.offsets[:, None, None, None]
 
-    @torch.inference_mode()
+    @_inference
     def copy(self, source: int, target: int, length: int) -> None:
         """Make slot `target` hold what slot `source` holds; both lie in what was reserved."""
         if source == target:
             return
-        for layer in self._filled():
-            layer.fit()
-            for stored in (layer.keys, layer.values):
-                stored[target, :, :length] = stored[source, :, :length]
+        for stored in self._stored():
+            stored[target, :, :length] = stored[source, :, :length]
 
-    @torch.inference_mode()
+    @_inference
     def wipe(self, slot: int) -> None:
         """Remove values that are not finite, which would spoil the next sequence in this slot."""
-        for layer in self._filled():
-            layer.fit()
-            layer.keys[slot] = 0
-            layer.values[slot] = 0
+        for stored in self._stored():
+            stored[slot] = 0
 
     def release(self) -> None:
         """Give all memory back."""
@@ -180,11 +189,15 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def token_bytes(self) -> int:
         """Bytes that one token takes in one slot. Known after the first forward pass."""
-        return sum(t[0, :, 0].numel() * t.element_size() for layer in self._filled() for t in (layer.keys, layer.values))
+        return sum(t[0, :, 0].numel() * t.element_size() for t in self._stored())
 
-    def _filled(self) -> list[_Slots]:
-        # A layer that shares another's keys and values never stores any.
-        return [layer for layer in self.layers if layer.is_initialized]
+    def _stored(self) -> Iterator[torch.Tensor]:
+        """All keys and all values, in their present size."""
+        for layer in self.layers:
+            if layer.is_initialized:  # one that shares another's keys and values never stores any
+                layer.fit()
+                yield layer.keys
+                yield layer.values
 
 
 def _by_row(mask: Callable[..., Any], *, additive: bool) -> Callable[..., Any]:
@@ -242,7 +255,7 @@ class Runner:
         self._cache_name = "cache" if "cache" in known or "past_key_values" not in known else "past_key_values"
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
-    @torch.inference_mode()
+    @_inference
     def forward(self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0) -> torch.Tensor:
         """Run the rows in slots `first` and up, and return the logits of each row's last token.
 
@@ -292,7 +305,7 @@ class Runner:
         # torch before 2.8 has no class for this.
         return isinstance(exc, getattr(torch, "AcceleratorError", ())) and not Runner.is_out_of_memory(exc)
 
-    @torch.inference_mode()
+    @_inference
     def prove(self) -> None:
         """Refuse a model that answers otherwise from our cache than without one. Also warms it up.
 
@@ -427,7 +440,9 @@ def _why_not(config: Any) -> str | None:
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in plain:
-            return f"{name} keeps more than keys and values ({type(layer).__name__}); this engine runs attention models."
+            return (
+                f"{name} keeps more than keys and values ({type(layer).__name__}); this engine runs attention models."
+            )
     return None
 
 

@@ -36,8 +36,8 @@ class SeveralModels(Exception):
 def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
     """The files to take, sorted; none where there is no model.
 
-    paths: relative and POSIX. quant: takes the GGUF model of that quantisation or name, if there is one, and nothing
-    else. Raises SeveralModels where `quant` is needed.
+    paths: relative and POSIX. quant: the quantisation or the name of the one GGUF model to take, and nothing else.
+    Raises SeveralModels where `quant` is needed.
     """
     known = sorted(paths)
     near = [p for p in known if _FOLDERS.fullmatch(p)]
@@ -75,8 +75,9 @@ def _gguf(models: dict[str, list[str]], quant: str) -> tuple[str, ...]:
         if len(models) > 1:
             raise SeveralModels(models)
         return tuple(next(iter(models.values())))
-    word = re.compile(rf"(.*[-_./])?{re.escape(quant)}([-_.].*)?", re.IGNORECASE)
-    fitting = sorted((m for m in models if word.fullmatch(m)), key=lambda m: (len(m), m))
+    asked = quant.lower()
+    fitting = [m for m in models if asked in (gguf_tag(m).lower(), m.rpartition("/")[2].lower())]
+    fitting.sort(key=lambda m: (len(m), m))
     return tuple(models[fitting[0]]) if fitting else ()
 
 

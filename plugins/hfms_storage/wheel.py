@@ -109,7 +109,7 @@ def _several(models: list[str] | tuple[str, ...]) -> ModelNotFound:
 def _refuse_what_does_not_fit(size: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise FetchFailed(f"The model needs {size:,} bytes of disk in {folder}, where {free:,} are free.")
+        raise FetchFailed(f"The model needs {size:,} bytes of disk, and {free:,} are free in the cache.")
 
 
 def _hashes(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> dict[str, bytes]:

@@ -57,6 +57,8 @@ class Scripted:
 
     models: list[str] = field(default_factory=lambda: ["first-model", "second-model"])
     stream: Any = ()
+    files: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    """Path -> bytes and their type."""
     replies: dict[tuple[str, str], tuple[int, Any]] = field(default_factory=dict)
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -72,6 +74,8 @@ class Scripted:
             if isinstance(answer, str):
                 return web.Response(text=answer, status=status)
             return web.json_response(answer, status=status)
+        if file := self.files.get(request.path):
+            return web.Response(body=file[0], content_type=file[1])
         if request.path == "/v1/models":
             return web.json_response({"object": "list", "data": [{"id": m} for m in self.models]})
         if request.path == "/v1/chat/completions":

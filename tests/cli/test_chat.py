@@ -222,7 +222,6 @@ class Terminal:
             env=env | {"TERM": "dumb"},
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # makes it the controlling terminal
         )
         os.close(there)
         self.seen = ""

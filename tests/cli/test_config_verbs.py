@@ -138,7 +138,7 @@ def test_show_reads_the_file_that_it_is_told_to(hfms, tmp_path):
         ("[middleware.auth]\nrequire = 1", "bad.toml [middleware.auth]: `require` is 1, which is not true or false"),
         ("[middleware]\norder = ['auht']", "[middleware] names `auht`, which no plugin provides; did you mean `auth`?"),
         ("[engine.trnsformers]\nx = 1", "[engine] names `trnsformers`, which no plugin provides"),
-        ("[hardware]\npreferred = ['gpu']", "[hardware] names `gpu`, which no plugin provides; there are: "),
+        ("[hardware]\npreferred = ['gpu']", "[hardware] names `gpu`, which no plugin provides; did you mean `cpu`?"),
         ("port = ", "bad.toml: is not valid TOML"),
     ],
 )  # fmt: skip

@@ -154,9 +154,17 @@ def test_little_room_is_a_warning(tmp_path):
 
 
 def test_folder_of_models_that_is_missing_is_a_problem(tmp_path):
-    config = Config(models=ModelsConfig(folders=[str(tmp_path), str(tmp_path / "gone")], cache_dir=str(tmp_path)))
-    problems = [f for f in doctor.check_folders(config) if f.level == "problem"]
+    config = Config(models=ModelsConfig(folders=[str(tmp_path), str(tmp_path / "gone")]))
+    problems = [f for f in doctor.check_folders(discover(config), config) if f.level == "problem"]
     assert [f.message for f in problems] == [f"[models] folders names {tmp_path / 'gone'}, which is no folder"]
+
+
+def test_cache_that_a_storage_keeps_of_its_own_is_checked_too(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = Config(options={("storage", "hf_cache"): {"cache_dir": str(tmp_path / "file")}})
+    problems = [f for f in doctor.check_folders(discover(config), config) if f.level == "problem"]
+    assert len(problems) == 1
+    assert problems[0].message.startswith(f"{tmp_path / 'file'} (for [storage.hf_cache]) cannot be written")
 
 
 def test_token_of_the_hub_is_told_and_never_shown(hfms, free):

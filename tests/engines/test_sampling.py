@@ -42,7 +42,7 @@ def one(row, *args, **more):
 
 
 def kept(row, *, temperature, top_k, top_p, min_p):
-    """Token -> probability of what may be drawn: vLLM's order, min_p, top_k, top_p, each over what the last has left."""
+    """Token -> probability of what may be drawn: min_p, top_k, top_p, as vLLM has them, each over what is left."""
     weights = [math.exp((x - max(row)) / temperature) for x in row]
     left = {i: w for i, w in enumerate(weights) if w >= min_p * max(weights)}
     if top_k:
@@ -119,7 +119,9 @@ def test_a_row_draws_the_same_alone_and_in_any_company(data):
         }
         for _ in range(number)
     ]
-    alone = [sampling.sample(logits[i : i + 1].clone(), [sampler(made=[1, 2, 2], **kinds[i])])[0] for i in range(number)]
+    alone = [
+        sampling.sample(logits[i : i + 1].clone(), [sampler(made=[1, 2, 2], **kinds[i])])[0] for i in range(number)
+    ]
     order = data.draw(st.permutations(range(number)))
     together = sampling.sample(logits[order], [sampler(made=[1, 2, 2], **kinds[i]) for i in order])
     assert together == [alone[i] for i in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 from hypothesis import example, given, settings
@@ -147,7 +148,7 @@ def test_slow_tokenizers_say_in_pieces_what_they_say_at_once(text):
 def cut(text, at):
     """The text in pieces, cut at these places."""
     places = [0, *sorted(p % (len(text) + 1) for p in at), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 def first_stop(text, stops):

@@ -1,0 +1,397 @@
+"""The storage `hf_cache`: `org/name` on the Hugging Face Hub, kept in the Hub's own cache.
+
+Everything goes through huggingface_hub, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean
+everywhere (it reads them when it is first imported), and what other programs have fetched is found. Of a repository
+only what an engine needs is fetched. Where the Hub cannot be asked, what is here whole answers for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfms_cli import (
+    BadRequest,
+    FetchFailed,
+    GatedModel,
+    HfmsError,
+    Manifest,
+    ModelFile,
+    ModelName,
+    ModelNotFound,
+    Progress,
+    VerifyFailed,
+    __version__,
+    setting,
+)
+from hfms_storage.files import SeveralModels, choose, gguf_models, gguf_tag
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+@dataclass(frozen=True)
+class HfCacheOptions:
+    """Options of `[storage.hf_cache]`."""
+
+    endpoint: str = setting("", "The Hub, or a mirror of it; empty: HF_ENDPOINT, then https://huggingface.co.")
+    cache_dir: str = setting("", "The Hub's cache; empty: HF_HUB_CACHE, then HF_HOME, then its usual place.")
+    quant: str = setting("", "Which GGUF to take of several where a name does not say, such as Q4_K_M; empty: ask.")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One revision of a repository in the cache."""
+
+    repo: str
+    info: CachedRevisionInfo
+    tree: frozenset[str] | None
+    """What the repository holds at that revision; None where nobody has noted it."""
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        """Path -> bytes, and the name of the blob, which is the SHA-256 of large files."""
+        root = self.info.snapshot_path
+        return {f.file_path.relative_to(root).as_posix(): (f.size_on_disk, f.blob_path.name) for f in self.info.files}
+
+    @property
+    def revision(self) -> str | None:
+        """What the snapshot is called beside its commit; None is `main`."""
+        return None if "main" in self.info.refs else min(self.info.refs, default=self.info.commit_hash)
+
+
+class HfCache:
+    """Models of the Hugging Face Hub."""
+
+    name = "hf_cache"
+
+    def __init__(self, options: HfCacheOptions) -> None:
+        self._options = options
+
+    def claims(self, name: ModelName) -> bool:
+        return name.scheme == ""
+
+    async def find(self, name: ModelName) -> Manifest | None:
+        return await asyncio.to_thread(self._find, name)
+
+    async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
+        loop = asyncio.get_running_loop()
+        stop = threading.Event()
+
+        def report(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(progress, done, total)
+
+        try:
+            return await asyncio.to_thread(self._fetch, manifest, report, stop)
+        finally:
+            stop.set()  # a thread cannot be cancelled, only asked
+
+    async def list(self) -> Sequence[Manifest]:
+        return await asyncio.to_thread(lambda: [m for s in self._snapshots() for m in self._models(s)])
+
+    async def remove(self, manifest: Manifest) -> None:
+        await asyncio.to_thread(self._remove, manifest)
+
+    # On the Hub.
+
+    @property
+    def _api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self._options.endpoint or None, library_name="hfms", library_version=__version__)
+
+    @property
+    def root(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(self._options.cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+
+    def _find(self, name: ModelName) -> Manifest | None:
+        repo, _, quant = name.rest.partition(":")
+        try:
+            info = self._ask(repo, name.revision)
+        except (GatedModel, FetchFailed) as exc:
+            here = next((s for s in self._snapshots(repo) if name.revision in _names(s)), None)
+            if here and (found := self._manifest(here, name, quant)):
+                return found
+            raise exc
+        if info is None:
+            return None
+        files = {f.rfilename: _file(f) for f in info.siblings or ()}
+        chosen = [files[path] for path in self._choose(repo, files, quant)]
+        try:
+            for file in chosen:
+                file.safe_path()
+        except ValueError as exc:
+            raise FetchFailed(f"The Hub lists an {exc} in `{repo}`.") from exc
+        return Manifest(
+            name=name,
+            storage=self.name,
+            revision=str(info.sha),
+            files=tuple(chosen),
+            source=_PASSWORD.sub("", f"{self._api.endpoint}/{repo}"),
+        )
+
+    def _ask(self, repo: str, revision: str | None) -> ModelInfo | None:
+        """The repository as the Hub knows it; None where it knows none."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        info = None
+        try:
+            info = self._api.model_info(repo, revision=revision, files_metadata=True)
+            if info.gated:
+                self._api.auth_check(repo)
+        except RevisionNotFoundError as exc:
+            raise ModelNotFound(f"`{repo}` has no revision `{revision or 'main'}`.", param="model") from exc
+        except Exception as exc:
+            # A gated repository is one of "not found" to huggingface_hub, but whoever may see its list can ask for it.
+            if isinstance(exc, RepositoryNotFoundError) and not _gated(exc) and info is None:
+                return None
+            raise _explained(exc, repo, gated=info is not None and bool(info.gated)) from exc
+        return info
+
+    def _choose(self, repo: str, paths: Collection[str], quant: str) -> tuple[str, ...]:
+        """The files to take. Raises BadRequest where a name must say which, ModelNotFound where there are none."""
+        models = gguf_models(paths)
+        try:
+            chosen = choose(paths, quant)
+        except SeveralModels:
+            chosen = choose(paths, self._options.quant) if self._options.quant else ()
+        if not chosen and models:
+            choices = ", ".join(f"`{repo}:{tag}`" for tag in dict.fromkeys(map(gguf_tag, models)))
+            raise BadRequest(f"`{repo}` holds several GGUF models; name one: {choices}.", param="model")
+        if not chosen:
+            raise ModelNotFound(f"`{repo}` holds no model in a format that hfms reads.", param="model")
+        return chosen
+
+    def _fetch(self, manifest: Manifest, report: Progress, stop: threading.Event) -> Path:
+        from huggingface_hub import snapshot_download
+
+        repo = manifest.name.rest.partition(":")[0]
+        folder = self._folder(repo, manifest.revision)
+        missing = [f for f in manifest.files if not (folder / f.safe_path()).is_file()]
+        left = sum(f.size for f in missing)
+        report(manifest.size - left, manifest.size)
+        if missing:
+            try:
+                snapshot_download(
+                    repo,
+                    revision=manifest.revision,
+                    allow_patterns=[glob.escape(f.path) for f in manifest.files],
+                    cache_dir=self.root,
+                    endpoint=self._options.endpoint or None,
+                    library_name="hfms",
+                    library_version=__version__,
+                    tqdm_class=_bar(lambda done: report(manifest.size - max(left - done, 0), manifest.size), stop),
+                )
+            except Exception as exc:
+                raise _explained(exc, repo) from exc
+            for file in missing:
+                _refuse_wrong(folder / file.path, file)
+            report(manifest.size, manifest.size)
+        self._note(repo, manifest)
+        return folder
+
+    def _folder(self, repo: str, commit: str) -> Path:
+        return self.root / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+
+    def _note(self, repo: str, manifest: Manifest) -> None:
+        """Note in the cache which commit a branch or tag stands for, now that it is here whole."""
+        called = manifest.name.revision or "main"
+        if called == manifest.revision:
+            return
+        refs = self._folder(repo, manifest.revision).parents[1] / "refs"
+        path, draft = refs / called, refs.parent / f".ref-{os.getpid()}-{threading.get_ident()}"
+        try:
+            if not path.is_file() or path.read_text() != manifest.revision:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_text(manifest.revision)
+                draft.replace(path)
+        except OSError as exc:
+            # A cache that cannot be written serves what it has by the commit.
+            if not path.is_file():
+                raise FetchFailed(f"The Hugging Face cache cannot be written: {exc.strerror}.") from exc
+
+    # In the cache.
+
+    def _scan(self) -> HFCacheInfo | None:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+
+        try:
+            return scan_cache_dir(self.root)
+        except (CacheNotFound, ValueError):  # not made yet, or a file
+            return None
+
+    def _snapshots(self, repo: str | None = None) -> Iterator[Snapshot]:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        cache = self._scan()
+        for cached in sorted(cache.repos if cache else (), key=lambda r: r.repo_id):
+            if cached.repo_type != "model" or repo not in (None, cached.repo_id):
+                continue
+            for info in sorted(cached.revisions, key=lambda r: r.commit_hash):
+                tree = None
+                try:
+                    known = get_cached_repo_tree(cached.repo_id, revision=info.commit_hash, cache_dir=self.root)
+                    tree = frozenset(f.path for f in known)
+                except CachedRepoTreeNotFoundError:
+                    pass
+                yield Snapshot(cached.repo_id, info, tree)
+
+    def _models(self, snapshot: Snapshot) -> Iterator[Manifest]:
+        """Whole models of a snapshot, by the names that find them: one, or each GGUF."""
+        paths = snapshot.tree or frozenset(snapshot.sizes)
+        ggufs = gguf_models(paths)
+        try:
+            tags = [] if not choose(paths) else [""]
+        except SeveralModels:
+            tags = list(dict.fromkeys(map(gguf_tag, ggufs)))
+        for tag in tags:
+            rest = f"{snapshot.repo}:{tag}" if tag else snapshot.repo
+            if found := self._manifest(snapshot, ModelName("", rest, snapshot.revision), tag):
+                yield found
+
+    def _manifest(self, snapshot: Snapshot, name: ModelName, quant: str) -> Manifest | None:
+        """A model of a snapshot; None where it is not whole."""
+        sizes = snapshot.sizes
+        chosen = self._choose(snapshot.repo, snapshot.tree or frozenset(sizes), quant)
+        if not sizes.keys() >= {*chosen} or (snapshot.tree is None and not _joined(snapshot, chosen)):
+            return None
+        return Manifest(
+            name=name,
+            storage=self.name,
+            revision=snapshot.info.commit_hash,
+            files=tuple(ModelFile(p, sizes[p][0], _sha256(sizes[p][1])) for p in chosen),
+            source=str(snapshot.info.snapshot_path),
+        )
+
+    def _remove(self, manifest: Manifest) -> None:
+        """Delete the revision, or of a snapshot with more models in it only this one's files."""
+        repo = manifest.name.rest.partition(":")[0]
+        cache = self._scan()
+        snapshot = next((s for s in self._snapshots(repo) if s.info.commit_hash == manifest.revision), None)
+        if cache is None or snapshot is None:
+            raise ModelNotFound(f"`{manifest.name}` is not in the Hugging Face cache.", param="model")
+        own = {f.path for f in manifest.files}
+        others = [m for m in gguf_models(snapshot.sizes).values() if not own.issuperset(m)]
+        if others and any(p.endswith(".gguf") for p in own):
+            root = snapshot.info.snapshot_path
+            files = [f for f in snapshot.info.files if f.file_path.relative_to(root).as_posix() in own]
+            cache.delete_files(*files).execute()
+        else:
+            cache.delete_revisions(manifest.revision).execute()
+
+
+def _names(snapshot: Snapshot) -> set[str | None]:
+    """Every revision that a name can ask for and that means this snapshot."""
+    return {*snapshot.info.refs, snapshot.info.commit_hash, *([None] if "main" in snapshot.info.refs else [])}
+
+
+def _file(sibling: RepoSibling) -> ModelFile:
+    return ModelFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
+
+
+def _sha256(blob: str) -> str | None:
+    return blob if _SHA256.fullmatch(blob) else None
+
+
+def _joined(snapshot: Snapshot, chosen: Collection[str]) -> bool:
+    """Whether every part that an index names is there."""
+    for index in (p for p in chosen if p.endswith(".index.json")):
+        try:
+            parts = json.loads((snapshot.info.snapshot_path / index).read_bytes())["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        if not snapshot.sizes.keys() >= {*parts}:
+            return False
+    return True
+
+
+def _refuse_wrong(path: Path, file: ModelFile) -> None:
+    """Check a file that has just come. Wrong bytes leave the cache, so that the next fetch gets new ones."""
+    blob = path.resolve()
+    with blob.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        right = size == file.size and file.sha256 in (None, hashlib.file_digest(opened, "sha256").hexdigest())
+    if not right:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise VerifyFailed(f"What the Hub sent as `{file.path}` is not that file; it was deleted. Try again.")
+
+
+def _gated(exc: BaseException) -> bool:
+    from huggingface_hub.errors import GatedRepoError
+
+    return isinstance(exc, GatedRepoError)
+
+
+def _explained(exc: BaseException, repo: str, *, gated: bool = False) -> HfmsError:
+    """The Hub's client's error in our words: it has many kinds, and most of them hold URLs."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    causes = [exc, *_causes(exc)]
+    status = next((r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None)
+    if any(map(_gated, causes)) or (gated and status in (401, 403, 404)):
+        return GatedModel(
+            f"`{repo}` is gated: accept its terms on its page at the Hub, and set HF_TOKEN to a token of that account.",
+            param="model",
+        )
+    if any(isinstance(c, OfflineModeIsEnabled) for c in causes):
+        return FetchFailed(f"`{repo}` is not whole in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it.")
+    if status == 401:
+        return FetchFailed("The Hub does not take the token in HF_TOKEN.")
+    if status is not None:
+        return FetchFailed(f"The Hub answered {status} when asked for `{repo}`.")
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return FetchFailed(f"`{repo}` could not be written to the Hugging Face cache: {exc.strerror}.")
+    return FetchFailed(f"The Hub could not be reached, or stopped in the middle of `{repo}` ({type(exc).__name__}).")
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    while (cause := exc.__cause__) is not None:
+        yield cause
+        exc = cause
+
+
+class Stopped(Exception):
+    """Nobody waits for this download any more."""
+
+
+def _bar(report: Callable[[int], None], stop: threading.Event) -> type[Any]:
+    """A progress bar that is not drawn: huggingface_hub tells it of every chunk, and it can end the download."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    lock = threading.Lock()
+    most = 0
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._bytes = kwargs.get("unit") == "B"  # another bar counts files
+            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most
+            if stop.is_set():
+                raise Stopped
+            with lock:
+                self.n += n or 0
+                if self._bytes and self.n > most:
+                    most = int(self.n)
+                    report(most)
+
+    return Bar

@@ -1,0 +1,167 @@
+"""A small Hugging Face Hub on loopback: the routes that huggingface_hub asks, and the ways in which a Hub can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+LARGE = (".safetensors", ".gguf", ".bin", ".pt")
+"""Kept as LFS files: known by their SHA-256, and served from another place by a redirect."""
+
+
+def git_oid(raw: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+
+
+@dataclass
+class Repo:
+    """Files by path, at one commit, which `main` stands for."""
+
+    files: dict[str, bytes]
+    gated: bool = False
+    readers: frozenset[str] = frozenset()
+    """Tokens that may read a gated repository."""
+
+    @property
+    def commit(self) -> str:
+        told = "".join(f"{path}:{hashlib.sha1(raw).hexdigest()}\n" for path, raw in sorted(self.files.items()))
+        return hashlib.sha1(told.encode()).hexdigest()
+
+
+@dataclass
+class Hub:
+    """Start it with `async with`; then `url` is where it listens."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    down: int = 0
+    """A status that every request is answered with."""
+    wrong: set[str] = field(default_factory=set)
+    """Files whose bytes come out wrong, in the right number."""
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    """File -> after how many bytes each next answer breaks off."""
+    held: dict[str, asyncio.Event] = field(default_factory=dict)
+    """File -> once half of it is sent, the rest waits for this."""
+    tokens: set[str] = field(default_factory=set)
+    """Tokens that clients showed."""
+    sent: list[tuple[str, int, int]] = field(default_factory=list)
+    """File, first byte and number of bytes of each answer with a file in it."""
+    url: str = ""
+
+    async def __aenter__(self) -> Hub:
+        app = web.Application(middlewares=[self._middleware])
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}", self._info)
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/revision/{revision:.+}", self._info)
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/tree/{revision}", self._tree)
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/auth-check", self._auth_check)
+        app.router.add_get("/{repo:[^/]+/[^/]+}/resolve/{revision}/{path:.+}", self._resolve)
+        app.router.add_get("/cdn/{repo:[^/]+/[^/]+}/{path:.+}", self._cdn)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _middleware(self, request, handler):
+        self.tokens.add(request.headers.get("Authorization", "").removeprefix("Bearer "))
+        if self.down:
+            return web.Response(status=self.down)
+        try:
+            return await handler(request)
+        except Refused as exc:
+            return web.Response(status=exc.status, headers={"X-Error-Code": exc.code})
+
+    def _repo(self, request, *, read: bool = False) -> Repo:
+        repo = self.repos.get(request.match_info["repo"])
+        if repo is None:
+            # As the real one: a stranger is not told whether a repository is missing or private.
+            raise Refused(404 if request.headers.get("Authorization") else 401, "RepoNotFound")
+        if request.match_info.get("revision", "main") not in ("main", repo.commit):
+            raise Refused(404, "RevisionNotFound")
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if read and repo.gated and token not in repo.readers:
+            raise Refused(403 if token else 401, "GatedRepo")
+        return repo
+
+    async def _info(self, request):
+        repo = self._repo(request)
+        siblings = []
+        for path, raw in repo.files.items():
+            sibling = {"rfilename": path, "size": len(raw), "blobId": git_oid(raw)}
+            if path.endswith(LARGE):
+                sibling["lfs"] = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 130}
+            siblings.append(sibling)
+        name = request.match_info["repo"]
+        gated = "manual" if repo.gated else False
+        return web.json_response({"id": name, "sha": repo.commit, "gated": gated, "siblings": siblings})
+
+    async def _tree(self, request):
+        entries = []
+        for path, raw in self._repo(request).files.items():
+            entry = {"type": "file", "path": path, "size": len(raw), "oid": git_oid(raw)}
+            if path.endswith(LARGE):
+                entry["lfs"] = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 130}
+            entries.append(entry)
+        return web.json_response(entries)
+
+    async def _auth_check(self, request):
+        self._repo(request, read=True)
+        return web.Response()
+
+    async def _resolve(self, request):
+        repo = self._repo(request, read=True)
+        path = request.match_info["path"]
+        if path not in repo.files:
+            raise Refused(404, "EntryNotFound")
+        raw = repo.files[path]
+        headers = {"X-Repo-Commit": repo.commit}
+        if not path.endswith(LARGE):
+            return await self._send(request, path, raw, headers | {"ETag": f'"{git_oid(raw)}"'})
+        headers["X-Linked-Etag"] = f'"{hashlib.sha256(raw).hexdigest()}"'
+        headers["X-Linked-Size"] = str(len(raw))
+        headers["Location"] = f"{self.url}/cdn/{request.match_info['repo']}/{path}"
+        return web.Response(status=302, headers=headers)
+
+    async def _cdn(self, request):
+        path = request.match_info["path"]
+        return await self._send(request, path, self.repos[request.match_info["repo"]].files[path], {})
+
+    async def _send(self, request, path, raw, headers):
+        if path in self.wrong:
+            raw = bytes(255 - b for b in raw)
+        first = request.http_range.start or 0
+        response = web.StreamResponse(status=206 if first else 200, headers=headers)
+        response.content_length = len(raw) - first
+        if first:
+            response.headers["Content-Range"] = f"bytes {first}-{len(raw) - 1}/{len(raw)}"
+        await response.prepare(request)
+        if request.method == "HEAD":
+            return response
+        rest = raw[first:]
+        if cuts := self.cuts.get(path):
+            rest = rest[: cuts.pop(0)]
+            self.sent.append((path, first, len(rest)))
+            await response.write(rest)
+            request.transport.close()
+            return response
+        self.sent.append((path, first, len(rest)))
+        if path in self.held:
+            await response.write(rest[: len(rest) // 2])
+            await self.held[path].wait()
+            rest = rest[len(rest) // 2 :]
+        await response.write(rest)
+        await response.write_eof()
+        return response
+
+
+class Refused(Exception):
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.status = status
+        self.code = code
