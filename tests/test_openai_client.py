@@ -20,9 +20,11 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture
 async def both(serve):
     """SmolLM2 and MiniLM behind one server, and a client for it that does not retry."""
-    async with serve(SMOLLM2, MINILM) as server:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            yield server, client
+    async with (
+        serve(SMOLLM2, MINILM) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield server, client
 
 
 async def test_the_client_chats_streams_completes_embeds_and_lists(both):
@@ -80,9 +82,9 @@ async def test_the_client_gets_its_own_typed_errors(both):
 
 async def test_the_client_gets_authentication_errors(serve):
     async with serve(env={"HFMS_API_KEY": "k-0123456789abcdefghij"}) as server:
-        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
-        with pytest.raises(openai.AuthenticationError):
-            await client.models.list()
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.models.list()
 
 
 async def test_kill_9_of_the_worker_mid_stream_raises_then_503_then_answers_again(both):

@@ -78,7 +78,7 @@ class EngineHost:
         self._tasks: list[asyncio.Task[None]] = []
         self._process: asyncio.subprocess.Process
         self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self._writer: asyncio.StreamWriter | None = None
         self._stderr_task: asyncio.Task[None]
 
     @classmethod
@@ -185,12 +185,16 @@ class EngineHost:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._reap()
+        elif not self.pid and self._writer is not None:
+            self._writer.close()  # a process that was about to start finds nobody, and ends
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
+        # Connected first: from the moment there is a process, nothing else can be interrupted before it is known.
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -203,10 +207,10 @@ class EngineHost:
                 env=worker_environ(os.environ),
             )
         self.pid = self._process.pid
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
 
     def _send(self, frame: wire.ToWorker) -> None:
+        assert self._writer is not None
         self._writer.write(wire.pack(frame))
 
     async def _read(self) -> wire.ToFront:
@@ -241,6 +245,7 @@ class EngineHost:
             await asyncio.wait_for(asyncio.shield(self._stderr_task), 1.0)
         if self.ended.done():
             return self.ended.result()
+        assert self._writer is not None
         self._writer.close()
         self.ended.set_result(self._reason(code))
         if not self._closing:

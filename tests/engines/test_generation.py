@@ -33,10 +33,9 @@ from hfms_cli import (
 )
 from hfms_engines.generation import GGUF_ARCHITECTURES, GenerationEngine, GenerationOptions, Generator
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+# Before torch, whose environment it sets.
+pytest.importorskip("hfms_engines.torch_runner", exc_type=ImportError)
 
-import hfms_engines.torch_runner  # noqa: E402, F401  # before torch, whose environment it sets
 import tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -70,7 +70,8 @@ async def test_an_unknown_device_engine_or_model_is_named(serve):
 async def test_a_failed_load_shows_its_reason_and_can_be_tried_again(serve, tmp_path):
     folder = tmp_path / "models" / "broken"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"], "model_type": "nosuch"}')
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")  # torn in its header
     async with serve(toml=f'[models]\nfolders = ["{tmp_path}/models"]') as server:
         status, body = await server.post("/models/load", {"model": str(folder)})
         assert status == 503
