@@ -61,7 +61,7 @@ async def _serve(config: Config) -> None:
     from hfms_cli.web.app import build_app
 
     logs.configure(config.log)
-    console = Console()
+    console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
     for name in config.models.serve:
         try:
             names.parse(name)  # a misspelt name is told before anything starts
@@ -129,6 +129,8 @@ async def _drain(console: Console, runtime: Runtime, second: asyncio.Event, seco
 
 async def _announce(console: Console, runtime: Runtime, ids: list[str]) -> None:
     """Say how each load ended."""
+    from rich.markup import escape
+
     for model_id in ids:
         model = runtime.pool.find(model_id)
         if model is None:
@@ -136,13 +138,12 @@ async def _announce(console: Console, runtime: Runtime, ids: list[str]) -> None:
         try:
             await asyncio.shield(model.ready)
         except Exception as exc:
-            console.print(f"[red]failed[/] {model_id}: {exc}", highlight=False, soft_wrap=True)
+            console.print(f"[red]failed[/] {escape(model_id)}: {escape(str(exc))}", soft_wrap=True)
         else:
             info = model.host_now().info
             console.print(
-                f"[green]ready[/]  {model_id}: {info.engine} on {info.device}, {info.dtype}, context "
+                f"[green]ready[/]  {escape(model_id)}: {info.engine} on {info.device}, {info.dtype}, context "
                 f"{info.context_length}, {model.load_seconds:.1f} s",
-                highlight=False,
                 soft_wrap=True,
             )
 

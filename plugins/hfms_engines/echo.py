@@ -151,7 +151,7 @@ class EchoModel:
 
 
 class EchoEngine:
-    """The engine `echo`: any device, and only the models that the storage `echo` makes."""
+    """The engine `echo`: only the models that the storage `echo` makes."""
 
     name = "echo"
     tasks: tuple[Task, ...] = ("generate", "embed")
@@ -160,7 +160,9 @@ class EchoEngine:
         self.options = options
 
     def supports(self, card: ModelCard, device: Device) -> str | None:
-        return None if card.model_type == "echo" else "runs no real model"
+        if card.model_type != "echo":
+            return "runs no real model"
+        return None if device.kind == "cpu" else "runs on the CPU"
 
     def estimate(self, request: LoadRequest) -> int:
         return 64 * 2**20  # the Python process itself

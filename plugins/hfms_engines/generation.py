@@ -1,13 +1,13 @@
 """The `transformers` engine: text generation with continuous batching. Imports nothing heavy until `load`.
 
 A call is answered by sequences, one for each input and choice. Each step runs every sequence that is under way one
-token further, in one forward pass, and then takes in a piece of one prompt. So sequences join, leave and are cancelled
-between any two steps.
+token further, in one forward pass, and then reads prompts in another: several short ones, or a piece of a long one. So
+sequences join, leave and are cancelled between any two steps.
 
     submit   call -> sequences, in order of arrival, in `_waiting`
-    fill     the first of them moves to the next free slot, and its prompt is read piece by piece
-    decode   it is in `_rows`, and each step makes one token of it
-    leave    the last row moves into its slot, so that rows stay without gaps
+    fill     the first of them move to the slots behind the rows, and their prompts are read
+    decode   they are in `_rows`, and each step makes one token of each
+    leave    the last row moves into the free slot, so that rows stay without gaps
 
 Slots are as long as the longest sequence in them, so memory is slots times longest. A sequence begins when there is
 room for it as it is. If those under way outgrow the cache, the newest waits again and later reads again what it had.
@@ -250,8 +250,8 @@ class Generator:
         self._prefill_tokens = prefill_tokens
         self._calls: dict[str, _Call] = {}
         self._waiting: deque[_Sequence] = deque()
-        self._filling: _Sequence | None = None
-        """Its prompt is being read; its slot is the one after the rows'."""
+        self._filling: list[_Sequence] = []
+        """Let in, and not read to the end. Where the first is partly read, it is in the slot behind the rows."""
         self._rows: list[_Sequence] = []
         """Under way, by slot."""
         self._admitted = 0
@@ -403,27 +403,49 @@ class Generator:
             self._advance(rows, tokens, events)
 
     def _fill(self, events: list[Event]) -> None:
-        self._filling = seq = self._filling or self._admit()
-        if seq is None:
+        self._admit()
+        if not self._filling:
             return
-        piece = seq.tokens[seq.cached : seq.cached + self._prefill_tokens]
-        logits = self._attempt(lambda: self._forward([piece], [seq.cached], first=len(self._rows)), [seq], events)
-        if logits is None:
-            return
-        seq.cached += len(piece)
-        if seq.cached < seq.length:
-            return
-        self._filling = None
-        self._rows.append(seq)
-        family = [seq]
+        # One sequence reads each prompt, and the others that have the same copy what it has read.
+        readers = self._readers(self._filling)
+        copiers = [s for s in self._filling if s not in readers]
+        family = readers + copiers
+        width = min(self._prefill_tokens, max(s.length - s.cached for s in readers))
+        pieces = [s.tokens[s.cached : s.cached + width] for s in readers]
+        last = all(s.cached + len(piece) == s.length for s, piece in zip(readers, pieces, strict=True))
 
         def work() -> list[int]:
-            family.extend(self._fork(seq))
-            return self._choose(logits.repeat(len(family), 1), family)
+            short = [width - len(piece) for piece in pieces]
+            tokens = [piece[:1] * n + piece for n, piece in zip(short, pieces, strict=True)]
+            starts = [s.cached - n for n, s in zip(short, readers, strict=True)]
+            first = len(self._rows)
+            logits = self._forward(tokens, starts, first=first)
+            if not last:
+                return []
+            source = [next(i for i, r in enumerate(readers) if r.prompt is s.prompt and not r.made) for s in copiers]
+            for slot, i in enumerate(source, first + len(readers)):
+                self._cache.copy(first + i, slot, readers[i].length)
+            return self._choose(logits[[*range(len(readers)), *source]], family)
 
-        tokens = self._attempt(work, [seq], events)
-        if tokens is not None:
+        tokens = self._attempt(work, self._filling, events)
+        if tokens is None:
+            return
+        for seq, piece in zip(readers, pieces, strict=True):
+            seq.cached += len(piece)
+        if last:
+            for seq in copiers:
+                seq.cached = seq.length
+            self._rows += family
+            self._filling = []
             self._advance(family, tokens, events)
+
+    @staticmethod
+    def _readers(seqs: Iterable[_Sequence]) -> list[_Sequence]:
+        """The first sequence of each prompt. One that waits again has more to read than its prompt, and does it alone."""
+        first: dict[int, _Sequence] = {}
+        for seq in seqs:
+            first.setdefault(id(seq if seq.made else seq.prompt), seq)
+        return list(first.values())
 
     def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int) -> torch.Tensor:
         self._cache.reserve(*self._slots())
@@ -452,34 +474,22 @@ class Generator:
                 self._fail(seqs, EngineFault("The model failed on this request."), events)
             return None
 
-    def _admit(self) -> _Sequence | None:
-        """The first in line, if there is a slot and room for it."""
-        if not self._waiting or not self._fits(self._waiting[0]):
-            return None
-        seq = self._waiting.popleft()
-        self._admitted += 1
-        seq.order = self._admitted
-        seq.call.begun = True
-        return seq
+    def _admit(self) -> None:
+        """Let in the first in line: as many as there are slots and room for, and as one pass can read."""
+        while self._waiting and self._fits(self._waiting[0]):
+            readers = self._readers([*self._filling, self._waiting[0]])
+            if len(readers) > 1 and len(readers) * max(s.length for s in readers) > self._prefill_tokens:
+                return
+            seq = self._waiting.popleft()
+            self._admitted += 1
+            seq.order = self._admitted
+            seq.call.begun = True
+            self._filling.append(seq)
 
     def _fits(self, seq: _Sequence) -> bool:
-        slots = len(self._rows) + 1
-        longest = max(s.length for s in (*self._rows, seq))
-        return slots <= self.info.max_batch and self._cache.fits(slots, longest + 1)
-
-    def _fork(self, seq: _Sequence) -> list[_Sequence]:
-        """Let in those next in line with the same prompt: what was just read is copied for them."""
-        forks = []
-        while self._waiting and self._waiting[0].prompt is seq.prompt and not (self._waiting[0].made or seq.made):
-            fork = self._admit()
-            if fork is None:
-                break
-            self._rows.append(fork)
-            self._cache.reserve(*self._slots())
-            self._cache.copy(self._rows.index(seq), len(self._rows) - 1, seq.cached)
-            fork.cached = seq.cached
-            forks.append(fork)
-        return forks
+        used = [*self._rows, *self._filling, seq]
+        longest = max(s.length for s in used)
+        return len(used) <= self.info.max_batch and self._cache.fits(len(used), longest + 1)
 
     def _advance(self, seqs: Sequence[_Sequence], tokens: Sequence[int], events: list[Event]) -> None:
         """Let each sequence take its token, and let go those that are done."""
@@ -509,16 +519,16 @@ class Generator:
 
     def _slots(self) -> tuple[int, int]:
         """Slots in use, and the longest sequence that the next pass makes of them."""
-        used = [*self._rows, *([self._filling] if self._filling else [])]
+        used = [*self._rows, *self._filling]
         return len(used), max((s.length for s in used), default=0)
 
     def _make_room(self) -> None:
         """Send the newest back to wait while those under way outgrow the cache."""
         while not self._cache.fits(*self._slots()):
-            newest = self._filling or max(self._rows, key=lambda s: s.order)
-            if newest is self._filling:
-                self._filling = None
+            if self._filling:
+                newest = self._filling.pop()
             else:
+                newest = max(self._rows, key=lambda s: s.order)
                 self._leave(newest)
             newest.cached = 0
             self._waiting.appendleft(newest)
@@ -530,7 +540,7 @@ class Generator:
         self._rows[at] = self._rows[last]
         self._rows.pop()
         if self._filling:
-            self._cache.copy(last + 1, last, self._filling.cached)
+            self._cache.copy(last + 1, last, self._filling[0].cached)
 
     def _fail(self, seqs: Iterable[_Sequence], error: HfmsError, events: list[Event]) -> None:
         for call_id in dict.fromkeys(s.call.id for s in seqs):
@@ -542,8 +552,7 @@ class Generator:
         if call is None:
             return
         self._waiting = deque(s for s in self._waiting if s.call is not call)
-        if self._filling and self._filling.call is call:
-            self._filling = None
+        self._filling = [s for s in self._filling if s.call is not call]
         for seq in [s for s in self._rows if s.call is call]:
             self._leave(seq)
 

@@ -116,7 +116,11 @@ class _Slots(CacheLayerMixin):  # type: ignore[misc]
 
 
 class _Place:
-    """Where the rows of one forward pass stand: slots `first` and up, each at its own start."""
+    """Where the rows of one forward pass stand: slots `first` and up, each at its own start.
+
+    A start below 0 is a row with fewer tokens than the others: until its turn it repeats its first token at position 0,
+    which is the same key and value each time. So rows end together, and nothing that is not theirs is ever stored.
+    """
 
     def __init__(self, first: int, starts: Sequence[int], tokens: int, device: torch.device) -> None:
         self.first = first
@@ -124,7 +128,7 @@ class _Place:
         self.level = len(set(starts)) == 1
         self.offsets = torch.tensor(starts, device=device)
         self.rows = torch.arange(first, first + len(starts), device=device)
-        self.positions = self.offsets[:, None] + torch.arange(tokens, device=device)
+        self.positions = (self.offsets[:, None] + torch.arange(tokens, device=device)).clamp(min=0)
         """[rows, tokens]"""
 
 
@@ -213,7 +217,7 @@ def _by_row(mask: Callable[..., Any], *, additive: bool) -> Callable[..., Any]:
         seen = kwargs["mask_function"](
             torch.arange(rows, device=device)[:, None, None, None],
             torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device),
-            offset + torch.arange(tokens, device=device)[None, None, :, None],
+            (offset + torch.arange(tokens, device=device)[None, None, :, None]).clamp(min=0),
             torch.arange(length, device=device)[None, None, None, :],
         ).expand(rows, 1, tokens, length)
         if not additive:
@@ -259,8 +263,8 @@ class Runner:
     def forward(self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0) -> torch.Tensor:
         """Run the rows in slots `first` and up, and return the logits of each row's last token.
 
-        tokens: [rows, tokens], as many for each row; starts: each row's position in its slot. Several tokens only
-        where all rows have the same start. Returns [rows, vocabulary] float32.
+        tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
+        Returns [rows, vocabulary] float32.
         """
         self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
         ids = torch.tensor(tokens, device=self.device)
@@ -309,16 +313,15 @@ class Runner:
     def prove(self) -> None:
         """Refuse a model that answers otherwise from our cache than without one. Also warms it up.
 
-        Two rows are filled to different lengths in different ways, go on side by side, and must say what the whole
-        prompt says in one pass. This is what tells a model that keeps more state than keys and values, or that
+        Two rows are filled to different lengths, go on side by side, and must say what the whole prompt says in one
+        pass. This is what tells a model that keeps more state than keys and values, or that
         derives positions from its cache's length.
         """
         ids = [i % self.vocabulary for i in (11, 7, 19, 5, 13)]
         try:
             whole = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0].float()
             self.cache.reserve(2, len(ids))
-            self.forward([ids[:2], ids[:2]], [0, 0])
-            self.forward([ids[2:4]], [2])
+            self.forward([ids[:4], [ids[0], ids[0], *ids[:2]]], [0, -2])
             ours = self.forward([[ids[4]], [ids[2]]], [4, 2])
         except Exception as exc:
             if self.is_out_of_memory(exc):

@@ -61,8 +61,8 @@ Start = Callable[..., object]
 
 async def test_the_panel_names_url_models_devices_middleware_and_warnings(hfms):
     served = await hfms("echo:a", env={"HFMS_ADMIN_API_KEY": "admin123"})
-    printed = await served.until("ready")
-    for expected in (f"{served.url}/v1", "echo:a", "cpu", "auth", "easily guessed"):
+    printed = await served.until("context")
+    for expected in (f"{served.url}/v1", "ready  echo:a: echo on cpu", "cpu", "auth", "easily guessed"):
         assert expected in printed
     assert "admin123" not in printed
 

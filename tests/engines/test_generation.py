@@ -187,7 +187,7 @@ def smol(smollm2) -> Generator:
 
 
 def check_equality(model: Generator, made, *, lengths=(3, 11, 25, 9, 40), new=20) -> None:
-    """Alone, then with others that join while it runs and leave while others run."""
+    """Alone, then with others that join while it runs and leave while others run, then with all that come at once."""
     some = prompts(*lengths)
     wanted = [expected(model, p, new + i) for i, p in enumerate(some)]
     for i, prompt in enumerate(some):
@@ -199,14 +199,18 @@ def check_equality(model: Generator, made, *, lengths=(3, 11, 25, 9, 40), new=20
         model.step()
         model.step()
     drain(model)
+    for i, prompt in enumerate(some):
+        model.submit(call(f"at once {i}", prompt, max_tokens=new + i))
+    drain(model)
     for i in range(len(some)):
         assert made[f"mixed {i}", 0] == wanted[i]
+        assert made[f"at once {i}", 0] == wanted[i]
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_tokens_equal_those_of_generate_alone_and_in_a_changing_batch(name, tmp_path, made):
     folder = tiny.save(tmp_path, tiny.ARCHITECTURES[name]())
-    check_equality(load(folder, max_batch=4, prefill_tokens=7), made)
+    check_equality(load(folder, max_batch=4, prefill_tokens=24), made)
 
 
 @pytest.mark.real_model
@@ -232,7 +236,7 @@ def test_smollm2_answers_a_chat(smol):
 def test_a_gpu_makes_the_tokens_that_generate_makes_on_it(name, tmp_path, made):
     gpu = Device(id="cuda:0", kind="cuda", name="gpu", total_bytes=2**33, free_bytes=2**32, torch_device="cuda:0")
     folder = tiny.save(tmp_path, tiny.ARCHITECTURES[name]())
-    check_equality(load(folder, device=gpu, dtype="float32", max_batch=4, prefill_tokens=7), made)
+    check_equality(load(folder, device=gpu, dtype="float32", max_batch=4, prefill_tokens=24), made)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -248,7 +252,9 @@ def test_half_precision_runs(llama, dtype):
 @st.composite
 def happenings(draw):
     """Calls that come and are cancelled between steps."""
-    steps = draw(st.lists(st.one_of(st.just("step"), st.just("submit"), st.integers(0, 5)), max_size=25))
+    steps = draw(
+        st.lists(st.one_of(st.just("step"), st.sampled_from(["once", "twice"]), st.integers(0, 5)), max_size=25)
+    )
     return steps, draw(st.integers(0, 3))
 
 
@@ -260,32 +266,34 @@ def narrow(llama) -> Generator:
     return model
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(happenings())
 def test_each_call_is_answered_as_if_it_were_alone_whatever_else_comes_and_goes(narrow, made, wanted, plan):
     steps, seed = plan
     made.clear()
     answers, sent, cancelled = Answers(), {}, set()
+    choices = {"once": 1, "twice": 2}
     for step in steps:
         if step == "step":
             answers.take(narrow.step() if narrow.busy() else [])
-        elif step == "submit":
-            name = f"{len(sent)}"
-            sent[name] = wanted[(len(sent) + seed) % len(wanted)]
-            narrow.submit(call(name, sent[name][0], max_tokens=len(sent[name][1]), ignore_eos=True))
+        elif step in choices:
+            name, n = f"{len(sent)}", choices[step]
+            prompt, tokens = wanted[(len(sent) + seed) % len(wanted)]
+            sent[name] = prompt, tokens, n
+            narrow.submit(call(name, prompt, n=n, max_tokens=len(tokens), ignore_eos=True))
         elif str(step) in sent:
             narrow.cancel(str(step))
             cancelled.add(str(step))
     drain(narrow, answers)
-    for name, (prompt, tokens) in sent.items():
+    for name, (prompt, tokens, n) in sent.items():
         if name in answers.ended:
             assert answers.ended[name] is None
-            assert made[name, 0] == tokens
-            assert answers.tokens(name) == len(tokens)
+            assert [made[name, k] for k in range(n)] == [tokens] * n
+            assert [answers.tokens(name, k) for k in range(n)] == [len(tokens)] * n
             assert answers.prompt_tokens(name) == [len(prompt)]
         else:
             assert name in cancelled
-            assert made[name, 0] == tokens[: len(made[name, 0])]
+            assert all(made[name, k] == tokens[: len(made[name, k])] for k in range(n))
     assert narrow._calls == {}
 
 
@@ -294,8 +302,8 @@ def wanted(narrow):
     """Prompts around the cache's blocks of 256 tokens, and what must be made of them."""
     ends = narrow._runner.model.generation_config.eos_token_id
     narrow._runner.model.generation_config.eos_token_id = None
-    some = prompts(3, 250, 60, 254, 10, seed=1)
-    made = [(p, expected(narrow, p, n)) for p, n in zip(some, (30, 20, 5, 9, 1), strict=True)]
+    some = prompts(3, 250, 60, 254, 10, 7, 20, seed=1)
+    made = [(p, expected(narrow, p, n)) for p, n in zip(some, (30, 20, 5, 9, 1, 8, 40), strict=True)]
     narrow._runner.model.generation_config.eos_token_id = ends
     return made
 
@@ -478,18 +486,29 @@ def test_choices_are_numbered_by_input_and_answer_and_prompts_are_counted_once(m
     assert len({answers.text("a", i) for i in range(3)}) == 3
 
 
-def test_choices_of_one_prompt_read_it_once(model, monkeypatch):
-    read = []
+@pytest.fixture
+def passes(model, monkeypatch) -> list[tuple[int, int]]:
+    """Rows and tokens of each forward pass."""
+    seen = []
     forward = model._runner.forward
 
     def watched(tokens, starts, first=0):
-        read.extend(len(t) for t in tokens if len(t) > 1)
+        seen.append((len(tokens), len(tokens[0])))
         return forward(tokens, starts, first)
 
     monkeypatch.setattr(model._runner, "forward", watched)
-    answers = ask(model, prompts(20)[0], n=4, ignore_eos=True)
-    assert sum(read) == 20
+    return seen
+
+
+def test_choices_of_one_prompt_read_it_once(model, passes):
+    answers = ask(model, prompts(20)[0], n=4, max_tokens=3, ignore_eos=True)
+    assert passes == [(1, 7), (1, 7), (1, 6), (4, 1), (4, 1)]
     assert len({answers.text("a", i) for i in range(4)}) == 1
+
+
+def test_short_prompts_are_read_together_and_not_beyond_prefill_tokens(model, passes):
+    ask(model, *prompts(2, 3, 2, 2), max_tokens=2, ignore_eos=True)
+    assert passes == [(2, 3), (2, 1), (2, 2), (2, 1)]
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_company(model, made):
