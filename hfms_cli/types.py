@@ -173,6 +173,13 @@ class Device(Struct, frozen=True, kw_only=True):
     free_bytes: int
     torch_device: str | None = None
     """What torch calls it (`cuda:0` for a ROCm build, too); None where torch cannot use it."""
+    shares: str | None = None
+    """The device whose memory this one uses, where it has none of its own: `cpu` for an integrated GPU."""
+
+    @property
+    def memory(self) -> str:
+        """Whose memory a model on this device takes. Devices that name the same one share it."""
+        return self.shares or self.id
 
 
 class Probe(Struct, frozen=True):

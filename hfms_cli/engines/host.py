@@ -23,7 +23,7 @@ import structlog
 from hfms_cli.engines import wire
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest
-from hfms_cli.types import Call, Chunk, LoadedInfo
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo
 
 log = structlog.get_logger("hfms.engine")
 
@@ -62,7 +62,7 @@ class EngineHost:
 
     info: LoadedInfo
 
-    def __init__(self, model: str, options: HostOptions) -> None:
+    def __init__(self, model: str, device: Device, options: HostOptions) -> None:
         self.model = model
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolves to the reason when the process is gone, expected or not."""
@@ -70,6 +70,7 @@ class EngineHost:
         self.memory_bytes = 0
         self.pid = 0
         self._options = options
+        self._device = device
         self._calls: dict[str, asyncio.Queue[Chunk | HfmsError | None]] = {}
         self._loop = asyncio.get_running_loop()
         self._last_beat = self._loop.time()
@@ -84,7 +85,7 @@ class EngineHost:
     @classmethod
     async def start(cls, model: str, request: LoadRequest, options: HostOptions) -> EngineHost:
         """Start a process and load the model in it. Raises LoadFailed and what else the engine says."""
-        host = cls(model, options)
+        host = cls(model, request.device, options)
         try:
             await host._spawn()
             host._send(
@@ -158,8 +159,8 @@ class EngineHost:
 
     @property
     def held_bytes(self) -> int:
-        """What the model holds of its device: on the CPU its process's memory, elsewhere what its engine took."""
-        return self.memory_bytes if self.info.device == "cpu" else self.info.memory_bytes
+        """What the model holds of its device: of the machine's memory its process, elsewhere what its engine took."""
+        return self.memory_bytes if self._device.memory == "cpu" else self.info.memory_bytes
 
     def alive(self) -> bool:
         """Whether the engine's own loop has been heard of lately."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Reservation:
     """Bytes that a model may take. What it has taken already shows in the device's free memory by itself."""
 
-    device_id: str
+    memory: str
+    """The device whose memory it is."""
     size: int
     taken: Callable[[], int] = lambda: 0
 
@@ -29,14 +30,14 @@ class Reservation:
 
 
 class Ledger:
-    """Reservations by device."""
+    """Reservations by the device whose memory they are of."""
 
     def __init__(self) -> None:
         self._reservations: list[Reservation] = []
 
     def available(self, device: Device) -> int:
         """Bytes that a new model can count on, by the device's own measure and what others were promised."""
-        promised = sum(r.outstanding for r in self._reservations if r.device_id == device.id)
+        promised = sum(r.outstanding for r in self._reservations if r.memory == device.memory)
         return device.free_bytes - promised
 
     def reserve(self, device: Device, size: int) -> Reservation:
@@ -47,7 +48,7 @@ class Ledger:
                 f"The model needs {human(size)} on {device.id}, which has {human(max(0, available))} left of "
                 f"{human(device.total_bytes)}. Unload another model, or choose a smaller one or precision."
             )
-        reservation = Reservation(device.id, size)
+        reservation = Reservation(device.memory, size)
         self._reservations.append(reservation)
         return reservation
 

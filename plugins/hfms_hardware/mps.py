@@ -38,5 +38,6 @@ class Mps:
             total_bytes=memory.total,
             free_bytes=memory.free,
             torch_device="mps",
+            shares="cpu",
         )
         return Probe((device,))

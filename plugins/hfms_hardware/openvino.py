@@ -95,4 +95,5 @@ def _device(found: Found) -> Device:
         name=found.name,
         total_bytes=total,
         free_bytes=min(total, host.free) if found.shared else total,
+        shares="cpu" if found.shared else None,
     )

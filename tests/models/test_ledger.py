@@ -36,6 +36,13 @@ def test_a_load_that_fails_gives_its_bytes_back():
     assert ledger.available(device(100)) == 100
 
 
+def test_devices_that_share_a_memory_share_its_promises():
+    ledger = Ledger()
+    ledger.reserve(device(100), 60)
+    integrated = Device(id="mps", kind="mps", name="d", total_bytes=2**40, free_bytes=100, shares="cpu")
+    assert ledger.available(integrated) == 40
+
+
 def test_devices_do_not_share_a_ledger():
     ledger = Ledger()
     ledger.reserve(device(100, "cuda:0"), 100)
