@@ -138,17 +138,9 @@ class Pool:
         if self._load_on_request:
             with contextlib.suppress(BadRequest):
                 wanted = names.parse(self._aliases.get(name, name))
-                if wanted.scheme != "path" and await self.on_disk(wanted):
+                if wanted.scheme != "path" and await self.loader.router.has(wanted):
                     return await self.load(str(wanted))
         raise ModelNotFound.named(name, self.names())
-
-    async def on_disk(self, wanted: ModelName) -> bool:
-        """Whether some storage has the model here."""
-        for manifest in await self.loader.router.list():
-            same = (manifest.name.scheme, manifest.name.rest) == (wanted.scheme, wanted.rest)
-            if same and wanted.revision in (None, manifest.name.revision, manifest.revision):
-                return True
-        return False
 
     # Loads.
 

@@ -30,6 +30,9 @@ T = TypeVar("T")
 Observe = Callable[[str, str, str, float], None]
 """Storage, operation, `ok` or `missing` or `error`, and seconds."""
 
+LOOK_SECONDS = 5.0
+"""How old the router's knowledge of the disk may be when a call names a model."""
+
 # Of several storages that failed, the one whose error says most about what to do is heard.
 _TELLING = (GatedModel, BadRequest, FetchFailed)
 
@@ -38,12 +41,20 @@ class Router:
     """The model's road from a name to verified files."""
 
     def __init__(
-        self, storages: Sequence[Storage], *, receipts: Receipts | None = None, observe: Observe | None = None
+        self,
+        storages: Sequence[Storage],
+        *,
+        receipts: Receipts | None = None,
+        observe: Observe | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """receipts: hashes of files that were verified before. observe: told of every operation."""
         self._storages = tuple(storages)
         self._receipts = receipts or Receipts()
         self._observe = observe
+        self._clock = clock
+        self._there: Sequence[Manifest] = ()
+        self._looked = -float("inf")
 
     async def find(self, name: ModelName) -> tuple[Manifest, Storage]:
         """What the name stands for, and the storage that has it. Fetches no weights.
@@ -79,6 +90,15 @@ class Router:
                 return ()
 
         return [m for found in await asyncio.gather(*map(listed, self._storages)) for m in found]
+
+    async def has(self, name: ModelName) -> bool:
+        """Whether the model is on this disk. Reads the disk anew at most once in `LOOK_SECONDS`.
+
+        Clients can ask for any name they like, and a large cache takes long to read.
+        """
+        if self._clock() - self._looked > LOOK_SECONDS:
+            self._there, self._looked = await self.list(), self._clock()
+        return any(_stands_for(name, m) for m in self._there)
 
     async def remove(self, name: ModelName) -> Manifest:
         """Delete a model from this disk, and answer what it was. Raises ModelNotFound, BadRequest."""

@@ -262,3 +262,28 @@ async def test_every_operation_is_counted_with_its_outcome(shelves):
         ("first", "find", "missing"),
         ("second", "find", "error"),
     ]
+
+
+async def test_has_reads_the_disk_anew_only_after_a_while():
+    now = [0.0]
+    looks = []
+
+    class Disk:
+        name = "disk"
+        root = None
+
+        def claims(self, name):
+            return True
+
+        async def list(self):
+            looks.append(now[0])
+            return [Manifest(name=parse("org/here"), storage="disk", revision="c", files=())] if now[0] > 3 else []
+
+    router = Router([Disk()], clock=lambda: now[0])
+    assert not await router.has(parse("org/here"))
+    now[0] = 4.0
+    assert not await router.has(parse("org/here"))
+    now[0] = 5.5
+    assert await router.has(parse("org/here"))
+    assert not await router.has(parse("org/other"))
+    assert looks == [0.0, 5.5]
