@@ -115,13 +115,22 @@ class Tally:
     completion_tokens: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
     finish: dict[int, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    first_token_seconds: float | None = None
 
     def add(self, chunk: Chunk) -> None:
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.began
         self.prompt_tokens += chunk.prompt_tokens
         self.completion_tokens += chunk.tokens
         self.texts.setdefault(chunk.index, []).append(chunk.text)
         if chunk.finish_reason:
             self.finish[chunk.index] = chunk.finish_reason
+
+    def log(self) -> dict[str, Any]:
+        """What the access line says of it."""
+        first = self.first_token_seconds
+        return self.usage() | ({} if first is None else {"first_token_seconds": round(first, 4)})
 
     def usage(self) -> dict[str, int]:
         return {
@@ -141,7 +150,7 @@ async def _generate(
             tally = Tally()
             async for chunk in chunks:
                 tally.add(chunk)
-    log_of(request).update(tally.usage())
+    log_of(request).update(tally.log())
     return respond(shape.whole(tally, len(call.inputs) * call.n))
 
 
@@ -172,7 +181,7 @@ async def _stream(
         log.exception("stream failed", request_id=request[REQUEST_ID])
         await stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
     finally:
-        log_of(request).update(tally.usage())
+        log_of(request).update(tally.log())
     return await stream.close()
 
 
