@@ -27,6 +27,7 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "Address to listen on.", env="HOST")
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", env="PORT", ge=0, le=65535)
     insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
+    metrics: bool = setting(True, "Serve /metrics for Prometheus.", env="ENABLE_METRICS")
     max_body_bytes: int = setting(32 * 2**20, "Longest request body, in bytes.", ge=1024)
     drain_seconds: float = setting(30.0, "How long calls in flight may go on after Ctrl-C or SIGTERM.", ge=0)
 
@@ -137,8 +138,7 @@ TABLES: tuple[tuple[str, type[Any], bool], ...] = (
     ("plugins", PluginsConfig, False),
 )
 
-# ENABLE_x = true puts a middleware into the order at its usual place, false takes it out.
-_USUAL_ORDER = ("auth", "rate_limit", "cache", "queue", "breaker", "batch")
+# ENABLE_x = true puts a middleware into the order at its usual place, which is its place here; false takes it out.
 SWITCHES = {
     "ENABLE_AUTH": "auth",
     "ENABLE_RATE_LIMITING": "rate_limit",
@@ -247,7 +247,8 @@ def _switched(order: list[str], environ: Mapping[str, str]) -> tuple[list[str], 
         if text in ("0", "false", "no", "off"):
             order = [n for n in order if n != name]
         elif name not in order:
-            before = _USUAL_ORDER[: _USUAL_ORDER.index(name)]
+            usual = list(SWITCHES.values())
+            before = usual[: usual.index(name)]
             at = max((order.index(n) + 1 for n in before if n in order), default=0)
             order = [*order[:at], name, *order[at:]]
     return order, seen

@@ -37,6 +37,8 @@ def build_app(runtime: Runtime) -> web.Application:
     app[RUNTIME] = runtime
     for module in (openai, models, status):
         app.add_routes(module.routes)
+    if runtime.config.server.metrics:
+        app.router.add_get("/metrics", status.metrics)
     runtime.plugins.call("hfms_routes", app)
     app.on_response_prepare.append(_add_request_id)
     return app

@@ -32,8 +32,8 @@ async def status(request: web.Request) -> web.StreamResponse:
     return respond(await asyncio.to_thread(request.app[RUNTIME].status))
 
 
-@routes.get("/metrics")
 async def metrics(request: web.Request) -> web.StreamResponse:
+    """Prometheus text; a route only where [server] metrics says so."""
     runtime = request.app[RUNTIME]
     await asyncio.to_thread(runtime.refresh_metrics)
     return web.Response(

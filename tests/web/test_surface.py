@@ -313,6 +313,11 @@ async def test_health_ready_status_and_metrics_tell_the_truth(serve):
     assert "xxxx" not in text
 
 
+async def test_metrics_can_be_switched_off(serve):
+    async with serve(env={"HF_SERVER_ENABLE_METRICS": "false"}) as server:
+        assert (await server.get("/metrics"))[0] == 404
+
+
 async def test_the_access_line_has_tokens_and_timings_and_never_the_prompt(serve, capsys):
     async with serve("echo:a") as server:
         secret = "my-secret-prompt"
