@@ -28,6 +28,9 @@ class ServerConfig:
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", env="PORT", ge=0, le=65535)
     insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
     metrics: bool = setting(True, "Serve /metrics for Prometheus.", env="ENABLE_METRICS")
+    state_dir: str = setting(
+        "", 'Where hfms keeps what it knows between runs; empty: "hfms" in the user\'s state folder.', env="STATE_DIR"
+    )
     max_body_bytes: int = setting(32 * 2**20, "Longest request body, in bytes.", ge=1024)
     drain_seconds: float = setting(30.0, "How long calls in flight may go on after Ctrl-C or SIGTERM.", ge=0)
 
@@ -170,6 +173,12 @@ class Config:
     def order(self, kind: str) -> list[str]:
         """Names of the plugins of a kind that are in use, in the operator's order."""
         return self.hardware.preferred if kind == "hardware" else list(getattr(self, kind).order)
+
+    @property
+    def state_dir(self) -> Path:
+        """Where hfms keeps what it knows between runs: what it has verified, for one."""
+        base = self.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return Path(self.server.state_dir or Path(base) / "hfms").expanduser()
 
     def plugin_options(self, kind: str, name: str, table: type[Any]) -> Any:
         """The options of one plugin, read by its own dataclass. Raises ConfigError."""

@@ -41,6 +41,7 @@ def environ(model_cache: Path, tmp_path: Path) -> dict[str, str]:
         "HF_HOME": str(home / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "HFMS_CACHE_DIR": str(model_cache),
+        "HFMS_STATE_DIR": str(tmp_path / "state"),
     }
 
 

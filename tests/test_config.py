@@ -282,3 +282,9 @@ def test_any_file_of_right_values_is_read_as_written(tables, tmp_path_factory):
     config = load_config(path, environ={})
     got = {name: {key: getattr(getattr(config, name), key) for key in values} for name, values in tables.items()}
     assert got == tables
+
+
+def test_state_folder_is_the_setting_or_the_users_own():
+    assert Config(environ={"XDG_STATE_HOME": "/somewhere"}).state_dir == Path("/somewhere/hfms")
+    assert Config(environ={}).state_dir == Path("~/.local/state/hfms").expanduser()
+    assert load_config(environ={"HFMS_STATE_DIR": "~/s", "HFMS_CONFIG": ""}).state_dir == Path("~/s").expanduser()

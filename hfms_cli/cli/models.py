@@ -97,8 +97,9 @@ def _storages(config: Path | None) -> list[Storage]:
 
 def _router(config: Path | None) -> Router:
     from hfms_cli.models.router import Router
+    from hfms_cli.models.verify import RECEIPTS, Receipts
 
-    return Router(_storages(config))
+    return Router(_storages(config), receipts=Receipts(load_config(config).state_dir / RECEIPTS))
 
 
 def _parsed(name: str) -> ModelName:
@@ -110,10 +111,10 @@ def _parsed(name: str) -> ModelName:
 async def _look(storages: Sequence[Storage], name: ModelName) -> tuple[Manifest, ModelCard | None]:
     """A model's manifest, and its card where its files are on this disk."""
     from hfms_cli.models.inspect import inspect
-    from hfms_cli.models.router import Router
+    from hfms_cli.models.router import Router, stands_for
 
     router = Router(storages)
-    manifest = next((m for m in await router.list() if _is_named(name, m)), None)
+    manifest = next((m for m in await router.list() if stands_for(name, m)), None)
     if manifest is None:
         manifest, _ = await router.find(name)
         if name.scheme != "path":
@@ -122,13 +123,6 @@ async def _look(storages: Sequence[Storage], name: ModelName) -> tuple[Manifest,
     storage = next(s for s in storages if s.name == manifest.storage)
     folder = await storage.fetch(manifest, lambda done, total: None)
     return manifest, inspect(folder, [f.path for f in manifest.files])
-
-
-def _is_named(name: ModelName, manifest: Manifest) -> bool:
-    """Whether a name means a model on the disk; without a revision it means any."""
-    own = manifest.name
-    same = (name.scheme, name.rest) == (own.scheme, own.rest)
-    return same and name.revision in (None, own.revision, manifest.revision)
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:

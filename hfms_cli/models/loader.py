@@ -58,7 +58,7 @@ class Loader:
     async def place(self, name: ModelName, wish: Wish, progress: Progress) -> Placement:
         """Fetch, verify and read the model, then choose. Loads nothing. Raises HfmsError."""
         manifest, folder = await self.router.pull(name, progress)
-        card = inspect(folder)
+        card = inspect(folder, [f.path for f in manifest.files])
         self._refuse_unsafe(card)
         return self._choose(manifest, folder, card, wish)
 

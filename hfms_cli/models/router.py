@@ -22,7 +22,7 @@ from hfms_cli.hookspecs import Progress, Storage
 from hfms_cli.models.verify import Receipts, verify
 from hfms_cli.types import Manifest, ModelName
 
-__all__ = ["Observe", "Router"]
+__all__ = ["Observe", "Router", "stands_for"]
 
 log = structlog.get_logger("hfms.models")
 
@@ -98,12 +98,12 @@ class Router:
         """
         if self._clock() - self._looked > LOOK_SECONDS:
             self._there, self._looked = await self.list(), self._clock()
-        return any(_stands_for(name, m) for m in self._there)
+        return any(stands_for(name, m) for m in self._there)
 
     async def remove(self, name: ModelName) -> Manifest:
         """Delete a model from this disk, and answer what it was. Raises ModelNotFound, BadRequest."""
         there = await self.list()
-        found = [m for m in there if _stands_for(name, m)]
+        found = [m for m in there if stands_for(name, m)]
         exact = [m for m in found if m.name == name]
         if not found:
             known = [str(m.name) for m in there]
@@ -172,7 +172,7 @@ class Router:
                 self._observe(storage.name, operation, status, time.perf_counter() - start)
 
 
-def _stands_for(name: ModelName, manifest: Manifest) -> bool:
+def stands_for(name: ModelName, manifest: Manifest) -> bool:
     """Whether a name means a model on the disk; without a revision it means any."""
     own = manifest.name
     same = (name.scheme, name.rest) == (own.scheme, own.rest)

