@@ -76,11 +76,7 @@ class Talk:
     async def models(self) -> list[str]:
         """Names of the models that the server has."""
         async with self.client as client:
-            answer = await client.get("/v1/models")
-        try:
-            return [str(m["id"]) for m in answer["data"]]
-        except (KeyError, TypeError) as exc:
-            raise Refused(f"{self.client.url} does not list its models; is it the address of an OpenAI API?") from exc
+            return await client.models()
 
     async def ask(self, text: str) -> None:
         """Print the answer as it comes, and remember it. What was said before a Ctrl-C stays in the talk."""

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from hfms_cli.cli.sse import EventReader
 from hfms_cli.config import ServerConfig
 from hfms_cli.errors import ConfigError, HfmsError
 from hfms_cli.settings import PREFIXES
+from hfms_cli.sse import EventReader
 
 if TYPE_CHECKING:
     import aiohttp
@@ -38,7 +38,7 @@ class Client:
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = server_root(url)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._has_key = bool(key)
+        self.key = key
 
     async def __aenter__(self) -> Self:
         import aiohttp
@@ -50,6 +50,14 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
+
+    async def models(self) -> list[str]:
+        """Names of the models that the server has."""
+        answer = await self.get("/v1/models")
+        try:
+            return [str(m["id"]) for m in answer["data"]]
+        except (KeyError, TypeError) as exc:
+            raise Refused(f"{self.url} does not list its models; is it the address of an OpenAI API?") from exc
 
     async def get(self, path: str) -> Any:
         """The JSON that `GET path` answers."""
@@ -73,10 +81,10 @@ class Client:
                 events = EventReader()
                 async for data in response.content.iter_any():
                     for event in events.feed(data):
-                        if event == "[DONE]":
+                        if event == b"[DONE]":
                             return
                         if event:  # some servers keep a connection warm with empty ones
-                            yield _object(_parsed(event))
+                            yield _object(_parsed(event.decode(errors="replace")))
 
     async def _answer(self, response: aiohttp.ClientResponse) -> Any:
         text = await response.text(errors="replace")
@@ -90,7 +98,7 @@ class Client:
         except ValueError:
             message = None
         reason = f"{self.url} answered {status}" + (f": {message}" if message else "")
-        if status == 401 and not self._has_key:
+        if status == 401 and not self.key:
             reason += " (no key was sent; hfms reads it from the environment, usually HFMS_API_KEY)"
         return reason
 

@@ -19,7 +19,7 @@ from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
 from hfms_cli.types import Call, Chunk
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, caller_of, log_of, respond
-from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, parse
 from hfms_cli.web.sse import EventStream
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ async def _generate(
     with _admitted(request, call):
         async with aclosing(_answer(request, call)) as chunks:
             if body.stream:
-                return await _stream(request, shape, chunks, body.include_usage)
+                return await _stream(request, shape, chunks, body.stream_options or StreamOptions())
             tally = Tally()
             async for chunk in chunks:
                 tally.add(chunk)
@@ -155,7 +155,7 @@ async def _generate(
 
 
 async def _stream(
-    request: web.Request, shape: ChatShape | CompletionShape, chunks: AsyncIterator[Chunk], include_usage: bool
+    request: web.Request, shape: ChatShape | CompletionShape, chunks: AsyncIterator[Chunk], options: StreamOptions
 ) -> web.StreamResponse:
     """Each chunk as an event. An error before the first is an ordinary answer; after it, the stream's last event."""
     stream = EventStream(request)
@@ -163,9 +163,13 @@ async def _stream(
     try:
         async for chunk in chunks:
             tally.add(chunk)
-            if events := shape.events(chunk, include_usage):
+            events = shape.events(chunk)
+            if options.include_usage:
+                so_far = {"usage": tally.usage() if options.continuous_usage_stats else None}
+                events = [event | so_far for event in events]
+            if events:
                 await stream.send(*events)
-        if include_usage:
+        if options.include_usage:
             await stream.send(shape.event([]) | {"usage": tally.usage()})
         await stream.done()
     except HfmsError as exc:
@@ -201,11 +205,10 @@ class CompletionShape:
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head(self.chunk_object), "choices": choices}
 
-    def events(self, chunk: Chunk, include_usage: bool) -> list[dict[str, Any]]:
+    def events(self, chunk: Chunk) -> list[dict[str, Any]]:
         if not chunk.text and not chunk.finish_reason:
             return []  # a token whose text is still held back
-        event = self.event([self.choice(chunk.index, chunk.text, chunk.finish_reason)])
-        return [event | {"usage": None}] if include_usage else [event]
+        return [self.event([self.choice(chunk.index, chunk.text, chunk.finish_reason)])]
 
     def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
@@ -225,7 +228,7 @@ class ChatShape(CompletionShape):
         super().__init__(call)
         self._begun: set[int] = set()
 
-    def events(self, chunk: Chunk, include_usage: bool) -> list[dict[str, Any]]:
+    def events(self, chunk: Chunk) -> list[dict[str, Any]]:
         deltas: list[tuple[dict[str, Any], str | None]] = []
         if chunk.index not in self._begun:
             self._begun.add(chunk.index)
@@ -234,11 +237,10 @@ class ChatShape(CompletionShape):
             deltas.append(({"content": chunk.text}, None))
         if chunk.finish_reason:
             deltas.append(({}, chunk.finish_reason))
-        events = [
+        return [
             self.event([{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": finish}])
             for delta, finish in deltas
         ]
-        return [e | {"usage": None} for e in events] if include_usage else events
 
     def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}

@@ -28,6 +28,8 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """With `include_usage`: every event tells the usage so far, not only the last."""
 
 
 class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -65,10 +67,6 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
             "metadata": (None, {}),
             "service_tier": (None, "auto", "default"),
         }
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int | None) -> Sampling:
         """The engine's view. Raises BadRequest for what the types cannot say."""

@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy_although_it_asks_every_plugin(environment, t
 def test_help_names_every_verb_and_every_exit_status(hfms):
     done = hfms("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for verb in ("serve", "models", "chat", "plugins", "config", "hardware", "doctor"):
+    for verb in ("serve", "models", "chat", "bench", "plugins", "config", "hardware", "doctor"):
         assert f"\n  {verb} " in done.stdout
     for status in ("0 done", "1 failed", "2 wrong usage", "3 the server", "130 stopped"):
         assert status in " ".join(done.stdout.split())
@@ -49,6 +49,7 @@ def test_help_names_every_verb_and_every_exit_status(hfms):
     [
         ["serve"],
         ["chat"],
+        ["bench"],
         ["hardware"],
         ["doctor"],
         *[["models", v] for v in ("list", "pull", "load", "unload", "ps", "show", "rm")],
@@ -67,7 +68,7 @@ def test_every_verb_explains_itself(verb, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "verb",
-    ["hardware", "doctor", "models list", "models ps", "models show", "plugins list", "config show"],
+    ["hardware", "doctor", "bench", "models list", "models ps", "models show", "plugins list", "config show"],
 )
 def test_every_listing_can_be_json(verb, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

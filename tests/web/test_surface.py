@@ -66,6 +66,17 @@ async def test_chat_stream_is_role_then_text_then_reason_then_usage_then_done(se
     assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
 
 
+async def test_continuous_usage_stats_tell_the_usage_in_every_event(serve):
+    async with serve("echo:a") as server:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"model": "echo:a", "prompt": "a b c", "stream": True, "stream_options": options}
+        async with server.session.post(server.url + "/v1/completions", json=body) as response:
+            chunks = [json.loads(e) for e in (await events(response))[:-1]]
+    assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 2, 3, 3]
+    assert [c["usage"]["prompt_tokens"] for c in chunks] == [3, 3, 3, 3]
+    assert chunks[-1]["choices"] == []
+
+
 async def test_completions_take_every_form_of_prompt_and_number_the_choices(serve):
     async with serve("echo:a") as server:
         for prompt, texts in (

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfms_cli.cli.sse import EventReader
+from hfms_cli.sse import EventReader
 
 # Data lines hold any text but line ends, which cut them, and a first space, which belongs to the field's colon.
 line = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
@@ -17,7 +17,7 @@ noise = st.sampled_from([": a comment", ":", "event: message", "id: 7", "retry: 
 
 def read(pieces: list[bytes]) -> list[str]:
     reader = EventReader()
-    return [data for piece in pieces for data in reader.feed(piece)]
+    return [data.decode(errors="replace") for piece in pieces for data in reader.feed(piece)]
 
 
 @given(
