@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: tests that run an engine in this process share the cores with worker processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import aiohttp
 import pytest
 from aiohttp import web

@@ -81,10 +81,12 @@ async def test_the_client_gets_its_own_typed_errors(both):
 
 
 async def test_the_client_gets_authentication_errors(serve):
-    async with serve(env={"HFMS_API_KEY": "k-0123456789abcdefghij"}) as server:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                await client.models.list()
+    async with (
+        serve(env={"HFMS_API_KEY": "k-0123456789abcdefghij"}) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.AuthenticationError):
+            await client.models.list()
 
 
 async def test_kill_9_of_the_worker_mid_stream_raises_then_503_then_answers_again(both):

@@ -17,11 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Both are read when what they are for is imported.
-os.environ.setdefault("TQDM_DISABLE", "1")
-# Threads that spin while they wait for each other take the core that the other needs, as soon as anything else runs on
-# this machine, such as the server itself: measured on two cores with one of them busy, a pass took eight times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 
 import torch
 import transformers

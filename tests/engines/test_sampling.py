@@ -94,6 +94,11 @@ def test_draws_are_as_frequent_as_their_probabilities():
         assert count[token] / 5000 == pytest.approx(prob, abs=0.02)
 
 
+def test_top_p_of_one_rules_nothing_out_not_even_by_rounding():
+    row = torch.tensor([[20.0, 0.0, -50.0]])
+    assert sampling.sample(row, [Fixed(1 - 1e-10, top_k=2, top_p=1.0)]) == [1]
+
+
 def test_top_p_may_keep_thousands_of_tokens():
     flat = torch.zeros(1, 5000)
     flat[0, 7] = 0.1
