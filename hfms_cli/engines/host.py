@@ -48,12 +48,13 @@ def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a worker process.
 
     It needs no key of ours, and a model's own code could read them there. And it must not spin while it waits for
-    its other threads: where two processes share the cores, as two models do, libgomp's default slows both down a
-    hundredfold, since each spins on a core that the other needs. What the operator has set stays.
+    its other threads: where two processes share the cores, as two models or a model and the server do, libgomp's
+    default makes both many times slower, since each spins on a core that the other needs. What the operator has
+    set stays.
     """
     kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET"))}
-    if "OMP_WAIT_POLICY" not in kept:
-        kept.setdefault("GOMP_SPINCOUNT", "1000")
+    if "GOMP_SPINCOUNT" not in kept:
+        kept.setdefault("OMP_WAIT_POLICY", "passive")
     return kept
 
 

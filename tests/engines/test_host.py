@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hfms_cli.engines.host import EngineHost, HostOptions
+from hfms_cli.engines.host import EngineHost, HostOptions, worker_environ
 from hfms_cli.errors import BadRequest, EngineDied, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest
 from hfms_cli.types import Call, Chunk, Device, ModelCard, Sampling
@@ -162,3 +162,9 @@ async def test_a_worker_ends_by_itself_when_its_front_is_killed(tmp_path):
     front.kill()
     await front.wait()
     await asyncio.to_thread(worker.wait, 10)  # raises TimeoutExpired if it lives on
+
+
+def test_a_workers_threads_wait_without_spinning_unless_the_operator_says_otherwise():
+    assert worker_environ({})["OMP_WAIT_POLICY"] == "passive"
+    assert worker_environ({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
+    assert "OMP_WAIT_POLICY" not in worker_environ({"GOMP_SPINCOUNT": "100"})
