@@ -34,8 +34,12 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environ(model_cache: Path, tmp_path: Path) -> dict[str, str]:
-    """An environment without anything of the developer's own: no keys, no hub, an empty home."""
+def environ(request: pytest.FixtureRequest, model_cache: Path, tmp_path: Path) -> dict[str, str]:
+    """An environment without anything of the developer's own: no keys, no hub, an empty home.
+
+    Only tests of real models share a cache, so that others see just what they put there.
+    """
+    shared = request.node.get_closest_marker("real_model") is not None
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HFMS_", "HF_"))}
     home = tmp_path / "home"
     home.mkdir()
@@ -43,7 +47,7 @@ def environ(model_cache: Path, tmp_path: Path) -> dict[str, str]:
         "HOME": str(home),
         "HF_HOME": str(home / "huggingface"),
         "HF_HUB_OFFLINE": "1",
-        "HFMS_CACHE_DIR": str(model_cache),
+        "HFMS_CACHE_DIR": str(model_cache if shared else tmp_path / "cache"),
         "HFMS_STATE_DIR": str(tmp_path / "state"),
     }
 

@@ -112,18 +112,24 @@ async def test_kill_9_of_the_worker_mid_stream_raises_then_503_then_answers_agai
     assert "Paris" in again.choices[0].message.content
 
 
-async def test_thirty_two_chats_at_once_are_the_same_as_alone(both):
-    _, client = both
+@pytest.mark.parametrize("engine", ["openvino", "transformers"])
+async def test_thirty_two_chats_at_once_are_the_same_as_alone(serve, engine):
+    # In half precision the size of a batch may tip a choice between two words that are equally good.
+    toml = f'[models]\ndtype = "float32"\n[engine]\norder = ["{engine}"]'
+    async with (
+        serve(SMOLLM2, toml=toml) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
 
-    async def ask(i: int) -> str:
-        answer = await client.chat.completions.create(
-            model=SMOLLM2,
-            messages=[{"role": "user", "content": f"Say the number {i % 4} and nothing else."}],
-            temperature=0,
-            max_tokens=12,
-        )
-        return answer.choices[0].message.content
+        async def ask(i: int) -> str:
+            answer = await client.chat.completions.create(
+                model=SMOLLM2,
+                messages=[{"role": "user", "content": f"Say the number {i % 4} and nothing else."}],
+                temperature=0,
+                max_tokens=12,
+            )
+            return answer.choices[0].message.content
 
-    alone = [await ask(i) for i in range(4)]
-    together = await asyncio.gather(*(ask(i) for i in range(32)))
-    assert together == [alone[i % 4] for i in range(32)]
+        alone = [await ask(i) for i in range(4)]
+        together = await asyncio.gather(*(ask(i) for i in range(32)))
+        assert together == [alone[i % 4] for i in range(32)]

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hfms_cli import (
     BadRequest,
@@ -54,9 +55,9 @@ T = TypeVar("T")
 Event = tuple[str, Chunk | HfmsError | None]
 
 # What a process with torch in it, and activations, take beside weights and cache.
-_WORKING_BYTES = 512 * 2**20
+WORKING_BYTES = 512 * 2**20
 # Of the memory that is free when the weights are in, so much may go to keys and values.
-_CACHE_SHARE = 0.25
+CACHE_SHARE = 0.25
 
 # fmt: off
 # Models with a state that is not keys and values. `load` finds out by itself; this is to say so before anything runs.
@@ -123,18 +124,18 @@ class GenerationEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        weights = _weights_bytes(request)
-        return weights + self._cache_bytes(request, weights) + _WORKING_BYTES
+        weights = weights_bytes(request)
+        return weights + self._cache_bytes(request, weights) + WORKING_BYTES
 
     def _cache_bytes(self, request: LoadRequest, weights: int) -> int:
-        spare = request.device.free_bytes - weights - _WORKING_BYTES
-        return self.options.kv_cache_bytes or max(0, int(spare * _CACHE_SHARE))
+        spare = request.device.free_bytes - weights - WORKING_BYTES
+        return self.options.kv_cache_bytes or max(0, int(spare * CACHE_SHARE))
 
     def load(self, request: LoadRequest) -> Generator:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import torch_runner
 
-        cache_bytes = self._cache_bytes(request, _weights_bytes(request))
+        cache_bytes = self._cache_bytes(request, weights_bytes(request))
         runner = torch_runner.load(request, cache_bytes=cache_bytes)
         info = LoadedInfo(
             engine=self.name,
@@ -143,13 +144,13 @@ class GenerationEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
-            memory_bytes=runner.weights_bytes() + cache_bytes + _WORKING_BYTES,
+            memory_bytes=runner.weights_bytes() + cache_bytes + WORKING_BYTES,
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
         )
         return Generator(runner, info, prefill_tokens=self.options.prefill_tokens)
 
 
-def _weights_bytes(request: LoadRequest) -> int:
+def weights_bytes(request: LoadRequest) -> int:
     """Bytes of the weights once they are loaded, by the card alone."""
     card = request.card
     on_cpu = request.device.torch_device in (None, "cpu")
@@ -233,28 +234,62 @@ class _Call:
     begun: bool = False
 
 
-class Generator:
-    """A loaded model: the scheduler around a `Runner`.
+class AnyRunner(Protocol):
+    """What every scheduler needs to know of a model and its tokenizer."""
+
+    tokenizer: Any
+    vocabulary: int
+    stop_ids: frozenset[int]
+    silent_ids: set[int]
+    """Tokens without text."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def release(self) -> None:
+        """Give memory back that nothing needs between calls."""
+
+    def trim(self) -> None:
+        """Give memory back after there was too little."""
+
+    def is_out_of_memory(self, exc: BaseException) -> bool: ...
+
+    def is_lost(self, exc: BaseException) -> bool:
+        """Whether only a new process can go on."""
+
+
+class Scheduler(ABC):
+    """Calls in, chunks out. What a step runs, and where keys and values lie, is the business of those derived from it.
 
     Counts of tokens include the one that ends an answer, as vLLM's do.
     """
 
-    def __init__(self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int) -> None:
+    _runner: AnyRunner
+
+    def __init__(self, runner: AnyRunner, info: LoadedInfo, *, prefill_tokens: int) -> None:
         from hfms_engines import sampling
 
         self.info = info
         self._runner = runner
-        self._cache = runner.cache
         self._sample = sampling.sample
         self._sampler = sampling.Sampler
         self._prefill_tokens = prefill_tokens
         self._calls: dict[str, _Call] = {}
         self._waiting: deque[_Sequence] = deque()
-        self._filling: list[_Sequence] = []
-        """Let in, and not read to the end. Where the first is partly read, it is in the slot behind the rows."""
         self._rows: list[_Sequence] = []
-        """Under way, by slot."""
+        """Under way."""
         self._admitted = 0
+
+    @abstractmethod
+    def step(self) -> list[Event]:
+        """One forward pass, or a few that belong together."""
+
+    @abstractmethod
+    def _leave(self, seq: _Sequence) -> None:
+        """Take a sequence out of `_rows`."""
+
+    @abstractmethod
+    def _wipe(self, seq: _Sequence) -> None:
+        """Remove what a sequence has stored that is not finite."""
 
     # --- calls in ---
 
@@ -365,7 +400,7 @@ class Generator:
     # --- the state of things ---
 
     def busy(self) -> bool:
-        return bool(self._rows or self._filling or self._waiting)
+        return bool(self._rows or self._waiting)
 
     def waiting(self) -> int:
         return sum(not call.begun for call in self._calls.values())
@@ -375,10 +410,95 @@ class Generator:
             self._forget(call_id)
         self._runner.release()
 
+    # --- what every step is made of ---
+
+    def _let_in(self) -> _Sequence:
+        """The first in line, which begins now."""
+        seq = self._waiting.popleft()
+        self._admitted += 1
+        seq.order = self._admitted
+        seq.call.begun = True
+        return seq
+
+    def _choose(self, logits: torch.Tensor, seqs: Sequence[_Sequence]) -> list[int]:
+        tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
+        return tokens
+
+    def _attempt(self, work: Callable[[], T], seqs: Sequence[_Sequence], events: list[Event]) -> T | None:
+        """Do work on the device; where it fails, give up no more calls than needed, and return None.
+
+        What a next attempt relies on changes only after the work.
+        """
+        try:
+            return work()
+        except Exception as exc:
+            if self._runner.is_lost(exc):
+                raise
+            if self._runner.is_out_of_memory(exc):
+                newest = max(seqs, key=lambda s: s.order)
+                self._fail([newest], DoesNotFit("The device ran out of memory; try again, or with less."), events)
+                self._runner.trim()
+            else:
+                log.exception("a forward pass failed")
+                self._fail(seqs, EngineFault("The model failed on this request."), events)
+            return None
+
+    def _advance(self, seqs: Sequence[_Sequence], tokens: Sequence[int], events: list[Event]) -> None:
+        """Let each sequence take its token, and let go those that are done."""
+        for seq, token in zip(seqs, tokens, strict=True):
+            call = seq.call
+            if call.id not in self._calls:
+                continue  # another of its sequences has just failed
+            if token < 0:
+                self._wipe(seq)
+                self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
+                continue
+            try:
+                chunk = seq.take(token)
+            except Exception:
+                log.exception("a token could not become text")
+                self._fail([seq], EngineFault("The model's output could not become text."), events)
+                continue
+            events.append((call.id, chunk))
+            if chunk.finish_reason:
+                self._leave(seq)
+                call.unfinished -= 1
+                if not call.unfinished:
+                    del self._calls[call.id]
+                    events.append((call.id, None))
+
+    def _fail(self, seqs: Iterable[_Sequence], error: HfmsError, events: list[Event]) -> None:
+        for call_id in dict.fromkeys(s.call.id for s in seqs):
+            self._forget(call_id)
+            events.append((call_id, error))
+
+    def _forget(self, call_id: str) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is None:
+            return
+        self._waiting = deque(s for s in self._waiting if s.call is not call)
+        for seq in [s for s in self._rows if s.call is call]:
+            self._leave(seq)
+
+
+class Generator(Scheduler):
+    """A loaded model in torch: the scheduler around slots."""
+
+    _runner: Runner
+
+    def __init__(self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int) -> None:
+        super().__init__(runner, info, prefill_tokens=prefill_tokens)
+        self._cache = runner.cache
+        self._filling: list[_Sequence] = []
+        """Let in, and not read to the end. Where the first is partly read, it is in the slot behind the rows."""
+
+    def busy(self) -> bool:
+        return super().busy() or bool(self._filling)
+
     # --- one step ---
 
     def step(self) -> list[Event]:
-        """One token of each sequence under way, and a piece of one prompt."""
+        """One token of each sequence under way, and up to `prefill_tokens` tokens of prompts."""
         events: list[Event] = []
         self._make_room()
         if self._rows:
@@ -441,7 +561,7 @@ class Generator:
 
     @staticmethod
     def _readers(seqs: Iterable[_Sequence]) -> list[_Sequence]:
-        """The first sequence of each prompt. One that waits again has more to read than its prompt, and does it alone."""
+        """The first sequence of each prompt; one that has waited again has more to read than others with its prompt."""
         first: dict[int, _Sequence] = {}
         for seq in seqs:
             first.setdefault(id(seq if seq.made else seq.prompt), seq)
@@ -451,69 +571,18 @@ class Generator:
         self._cache.reserve(*self._slots())
         return self._runner.forward(tokens, starts, first)
 
-    def _choose(self, logits: torch.Tensor, seqs: Sequence[_Sequence]) -> list[int]:
-        tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
-        return tokens
-
-    def _attempt(self, work: Callable[[], T], seqs: Sequence[_Sequence], events: list[Event]) -> T | None:
-        """Do work on the device; where it fails, give up no more calls than needed, and return None.
-
-        What a next attempt relies on changes only after the work.
-        """
-        try:
-            return work()
-        except Exception as exc:
-            if self._runner.is_lost(exc):
-                raise
-            if self._runner.is_out_of_memory(exc):
-                newest = max(seqs, key=lambda s: s.order)
-                self._fail([newest], DoesNotFit("The device ran out of memory; try again, or with less."), events)
-                self._runner.trim()
-            else:
-                log.exception("a forward pass failed")
-                self._fail(seqs, EngineFault("The model failed on this request."), events)
-            return None
-
     def _admit(self) -> None:
         """Let in the first in line: as many as there are slots and room for, and as one pass can read."""
         while self._waiting and self._fits(self._waiting[0]):
             readers = self._readers([*self._filling, self._waiting[0]])
             if len(readers) > 1 and len(readers) * max(s.length for s in readers) > self._prefill_tokens:
                 return
-            seq = self._waiting.popleft()
-            self._admitted += 1
-            seq.order = self._admitted
-            seq.call.begun = True
-            self._filling.append(seq)
+            self._filling.append(self._let_in())
 
     def _fits(self, seq: _Sequence) -> bool:
         used = [*self._rows, *self._filling, seq]
         longest = max(s.length for s in used)
         return len(used) <= self.info.max_batch and self._cache.fits(len(used), longest + 1)
-
-    def _advance(self, seqs: Sequence[_Sequence], tokens: Sequence[int], events: list[Event]) -> None:
-        """Let each sequence take its token, and let go those that are done."""
-        for seq, token in zip(seqs, tokens, strict=True):
-            call = seq.call
-            if call.id not in self._calls:
-                continue  # another of its sequences has just failed
-            if token < 0:
-                self._cache.wipe(self._rows.index(seq))
-                self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
-                continue
-            try:
-                chunk = seq.take(token)
-            except Exception:
-                log.exception("a token could not become text")
-                self._fail([seq], EngineFault("The model's output could not become text."), events)
-                continue
-            events.append((call.id, chunk))
-            if chunk.finish_reason:
-                self._leave(seq)
-                call.unfinished -= 1
-                if not call.unfinished:
-                    del self._calls[call.id]
-                    events.append((call.id, None))
 
     # --- slots ---
 
@@ -542,19 +611,12 @@ class Generator:
         if self._filling:
             self._cache.copy(last + 1, last, self._filling[0].cached)
 
-    def _fail(self, seqs: Iterable[_Sequence], error: HfmsError, events: list[Event]) -> None:
-        for call_id in dict.fromkeys(s.call.id for s in seqs):
-            self._forget(call_id)
-            events.append((call_id, error))
+    def _wipe(self, seq: _Sequence) -> None:
+        self._cache.wipe(self._rows.index(seq))
 
     def _forget(self, call_id: str) -> None:
-        call = self._calls.pop(call_id, None)
-        if call is None:
-            return
-        self._waiting = deque(s for s in self._waiting if s.call is not call)
-        self._filling = [s for s in self._filling if s.call is not call]
-        for seq in [s for s in self._rows if s.call is call]:
-            self._leave(seq)
+        self._filling = [s for s in self._filling if s.call.id != call_id]
+        super()._forget(call_id)
 
 
 def _param(entry: str | list[int] | Conversation) -> str:

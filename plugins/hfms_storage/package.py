@@ -43,7 +43,9 @@ class PackageOptions:
     """Options of `[storage.package]`."""
 
     cache_dir: str = setting(
-        "", 'Where pulled packages are kept; empty: "hfms" in the user\'s cache folder.', env="CACHE_DIR"
+        "",
+        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
+        env="CACHE_DIR",
     )
     index_url: str = setting("", "Package index to ask; empty: pip's own settings.", secret=True)
 

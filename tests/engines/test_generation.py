@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hfms_cli import (
@@ -36,9 +37,10 @@ from hfms_engines.generation import GGUF_ARCHITECTURES, GenerationEngine, Genera
 # Before torch, whose environment it sets.
 pytest.importorskip("hfms_engines.torch_runner", exc_type=ImportError)
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
+
+from tests.engines import tiny
 
 CPU = Device(id="cpu", kind="cpu", name="this machine", total_bytes=2**34, free_bytes=2**33, torch_device="cpu")
 
@@ -308,26 +310,39 @@ def wanted(narrow):
     return made
 
 
-def test_the_newest_waits_again_when_sequences_outgrow_the_cache_and_loses_nothing(narrow, wanted, made, monkeypatch):
-    sent_back = []
-    leave = Generator._leave
-
-    def watched(self, seq):
-        if len(seq.made) < seq.limit:
-            sent_back.append(seq.call.id)
-        leave(self, seq)
-
-    monkeypatch.setattr(Generator, "_leave", watched)
-    for i in (1, 0, 2):
-        narrow.submit(call(str(i), wanted[i][0], max_tokens=len(wanted[i][1]), ignore_eos=True))
+def test_the_newest_wait_again_in_order_when_sequences_outgrow_the_cache_and_lose_nothing(narrow, wanted, made):
     narrow._cache.budget = 3 * 256
-    answers = drain(narrow)
+    for i in (1, 0, 2, 6):
+        narrow.submit(call(str(i), wanted[i][0], max_tokens=len(wanted[i][1]), ignore_eos=True))
+    answers, lines = Answers(), []
+    while narrow.busy():
+        answers.take(narrow.step())
+        line = [s.call.id for s in narrow._waiting]
+        if line not in lines[-1:]:
+            lines.append(line)
     narrow._cache.budget = 1024
-    assert sent_back
-    assert "1" not in sent_back
-    for i in (1, 0, 2):
+    # "6" has no room at first; then "1" takes two blocks, and three sequences are two too many.
+    assert lines == [["0", "2", "6"], ["2", "6"], ["6"], ["0", "2", "6"], ["2", "6"], ["6"], []]
+    for i in (1, 0, 2, 6):
         assert made[str(i), 0] == wanted[i][1]
         assert answers.tokens(str(i)) == len(wanted[i][1])
+
+
+def test_choices_that_wait_again_beside_choices_that_never_began_all_say_the_same(narrow, wanted, made):
+    prompt, tokens = wanted[0]
+    narrow._cache.budget = 3 * 256
+    narrow.submit(call("long", wanted[1][0], max_tokens=20, ignore_eos=True))
+    narrow.submit(call("many", prompt, n=4, max_tokens=len(tokens), ignore_eos=True))
+    answers = Answers()
+    while len(narrow._rows) != 1 or not made["many", 0]:
+        answers.take(narrow.step())
+    # Two choices have begun and wait again, two have not begun; there is room for all of them at once.
+    assert [len(made["many", k]) > 0 for k in range(4)] == [True, True, False, False]
+    narrow.cancel("long")
+    narrow._cache.budget = 1024
+    drain(narrow, answers)
+    assert [made["many", k] for k in range(4)] == [tokens] * 4
+    assert answers.prompt_tokens("many") == [len(prompt)]
 
 
 def test_the_cache_never_holds_more_than_its_budget(narrow, wanted, monkeypatch):
@@ -339,10 +354,61 @@ def test_the_cache_never_holds_more_than_its_budget(narrow, wanted, monkeypatch)
         seen.append(self.room[0] * self.room[1])
 
     monkeypatch.setattr(type(narrow._cache), "reserve", watched)
+    narrow._cache.budget = 3 * 256
     for i, (prompt, tokens) in enumerate(wanted * 2):
         narrow.submit(call(str(i), prompt, max_tokens=len(tokens), ignore_eos=True))
     drain(narrow)
-    assert max(seen) == 1024
+    narrow._cache.budget = 1024
+    assert max(seen) == 3 * 256
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["read", "step", "leave", "copy"]),
+            st.one_of(st.integers(0, 400), st.integers(253, 255)),  # also up to the edge of a block
+        ),
+        max_size=30,
+    )
+)
+@example([("read", 255), ("step", 0)])
+def test_the_cache_returns_exactly_what_each_slot_was_given(happenings):
+    """Slots that fill, grow, are copied and move, against lists of what was written."""
+    from hfms_engines.torch_runner import SlotCache, _Place
+
+    cache, rows, number = SlotCache(budget=8 * 256), [], itertools.count(1)
+
+    def write(first: int, count: int, tokens: int, starts: list[int]) -> None:
+        states = torch.tensor([[[[float(next(number))] for _ in range(tokens)]] for _ in range(count)])
+        cache.reserve(len(rows), max([*map(len, rows), *(n + tokens for n in starts)]))
+        cache.at = _Place(first, starts, tokens, torch.device("cpu"))
+        with torch.inference_mode():
+            keys, values = cache.update(states, -states, 0)
+        for i in range(count):
+            rows[first + i] += states[i, 0, :, 0].tolist()
+        for i, row in enumerate(rows[first : first + count]):
+            assert keys[i, 0, : len(row), 0].tolist() == row
+            assert values[i, 0, : len(row), 0].tolist() == [-x for x in row]
+
+    for what, size in happenings:
+        longest = max(map(len, rows), default=0)
+        if what == "read" and cache.fits(len(rows) + 1, max(longest, size + 1)):
+            rows.append([])
+            write(len(rows) - 1, 1, size + 1, [0])
+        elif what == "step" and rows and cache.fits(len(rows), longest + 1):
+            write(0, len(rows), 1, [len(r) for r in rows])
+        elif what == "leave" and rows:
+            gone = size % len(rows)
+            cache.copy(len(rows) - 1, gone, len(rows[-1]))
+            rows[gone] = rows[-1]
+            rows.pop()
+        elif what == "copy" and rows and cache.fits(len(rows) + 1, longest + 1):
+            rows.append(list(rows[size % len(rows)]))
+            cache.reserve(len(rows), longest)
+            cache.copy(size % (len(rows) - 1), len(rows) - 1, len(rows[-1]))
+            write(0, len(rows), 1, [len(r) for r in rows])
+        assert cache.room[0] * cache.room[1] <= cache.budget
 
 
 def test_an_idle_model_holds_no_cache(model):
@@ -608,13 +674,14 @@ def test_a_conversation_needs_a_chat_template(tmp_path):
 
 def test_a_call_whose_numbers_break_fails_alone_and_leaves_no_trace_in_its_slot(tmp_path, made):
     model = load(tiny.save(tmp_path, tiny.ARCHITECTURES["llama"]()), max_batch=4, prefill_tokens=7)
-    kept = prompts(9)[0]
+    kept = prompts(50)[0]  # longer than what breaks, so that what broke stays in view
     wanted = expected(model, kept, 40)
     with torch.no_grad():
         model._runner.model.get_input_embeddings().weight[310] = float("nan")
     model.submit(call("kept", kept, max_tokens=40))
-    model.step(), model.step(), model.step()
-    model.submit(call("broken", [5] * 30 + [310], [5, 6]))
+    for _ in range(9):
+        model.step()
+    model.submit(call("broken", [310] + [5] * 30, [5, 6]))
     model.submit(call("after", [5], max_tokens=20, ignore_eos=True))
     answers = drain(model)
     assert isinstance(answers.ended["broken"], EngineFault)

@@ -19,7 +19,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=BROK
 @functools.cache
 def byte_level():
     pytest.importorskip("transformers")
-    import tiny
+    from tests.engines import tiny
 
     return tiny.tokenizer()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import Hub, Repo
 from safetensors.numpy import save
-from wheels import Index
 
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
 from hfms_storage.package import Package, PackageOptions
+from tests.storage.hub import Hub, Repo
+from tests.storage.wheels import Index
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
 

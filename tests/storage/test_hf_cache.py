@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import Hub, Repo
 
 from hfms_cli import BadRequest, FetchFailed, GatedModel, ModelName, ModelNotFound, VerifyFailed
 from hfms_cli.models.names import parse
 from hfms_cli.models.router import Router
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
+from tests.storage.hub import Hub, Repo
 
 TINY = ModelName("", "org/tiny")
 

@@ -9,12 +9,12 @@ import venv
 
 import msgspec
 import pytest
-from wheels import Index, build_wheel
 
 from hfms_cli import BadRequest, FetchFailed, HfmsError, Manifest, ModelName, ModelNotFound, UnsafeFormat, VerifyFailed
 from hfms_cli.models.names import parse
 from hfms_cli.models.router import Router
 from hfms_storage.package import Package, PackageOptions
+from tests.storage.wheels import Index, build_wheel
 
 TINY = ModelName("package", "tiny-model")
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from wheels import build_wheel
 
 import hfms_storage
 from hfms_cli import BadRequest, HfmsError, ModelName, ModelNotFound, Storage
@@ -15,6 +14,7 @@ from hfms_cli.models.router import Router
 from hfms_cli.models.verify import verify
 from hfms_cli.plugins import PluginInfo, Plugins
 from hfms_storage.local import Local
+from tests.storage.wheels import build_wheel
 
 
 @dataclass

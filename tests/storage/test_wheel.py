@@ -5,10 +5,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import build_wheel
 
 from hfms_cli import FetchFailed, HfmsError, ModelNotFound, UnsafeFormat, VerifyFailed
 from hfms_storage.wheel import unpack
+from tests.storage.wheels import build_wheel
 
 
 @pytest.fixture

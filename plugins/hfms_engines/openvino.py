@@ -1,0 +1,186 @@
+"""The `openvino` engine: text generation on CPUs, with paged attention. Imports nothing heavy until `load`.
+
+The first load of a model makes an OpenVINO model of it, in a process of its own. This is kept below the cache folder
+by what is in the model's files, so the next load only reads and compiles it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hfms_cli import Device, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Task, setting
+from hfms_engines.generation import CACHE_SHARE, GGUF_ARCHITECTURES, WORKING_BYTES, weights_bytes
+
+if TYPE_CHECKING:
+    from hfms_engines.paged import PagedScheduler
+
+log = logging.getLogger("hfms.engine")
+
+ABANDONED_AFTER = 24 * 3600
+"""Seconds after which a conversion is surely over."""
+
+# fmt: off
+# Models whose answers from this engine are tested to be transformers' own.
+FAMILIES = {
+    "cohere", "gemma", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "qwen2", "qwen3",
+    "starcoder2",
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class OpenVinoOptions:
+    """Text generation by OpenVINO."""
+
+    quantize: str = setting(
+        "auto", "Bits of the weights; auto: those of the model itself.", choices=("auto", "none", "int8")
+    )
+    max_batch: int = setting(64, "Sequences that run at once.", ge=1)
+    prefill_tokens: int = setting(
+        256, "Prompt tokens that one step reads; more is faster, and stalls answers longer.", ge=1
+    )
+    kv_cache_bytes: int = setting(
+        0, "Memory for keys and values of sequences; 0: a quarter of what the weights leave free.", ge=0
+    )
+    prefix_cache: bool = setting(True, "Keep what prompts begin with for those that begin alike.")
+    cache_dir: str = setting(
+        "",
+        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
+        env="CACHE_DIR",
+    )
+
+
+class OpenVinoEngine:
+    """Decoders of the families that are tested, from safetensors or GGUF, on CPUs."""
+
+    name = "openvino"
+    tasks: tuple[Task, ...] = ("generate",)
+
+    def __init__(self, options: OpenVinoOptions = OpenVinoOptions()) -> None:
+        self.options = options
+
+    def supports(self, card: ModelCard, device: Device) -> str | None:
+        """None, or the reason why not."""
+        needed = ["openvino", "torch", "transformers", *(["gguf", "accelerate"] if card.format == "gguf" else [])]
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if "generate" not in card.tasks:
+            return f"{card.architecture or card.model_type} does not generate text"
+        if device.kind != "cpu":
+            return "this engine runs on CPUs"
+        if card.format not in ("safetensors", "gguf"):
+            return "it has no safetensors and no GGUF"
+        if card.model_type not in FAMILIES:
+            return f"{card.model_type} is not among the models that it is tested with"
+        if missing:
+            return f"{' and '.join(missing)} not installed; run: pip install 'hfms[openvino]'"
+        if card.remote_code:
+            return "the model has code of its own"
+        if card.format == "gguf" and (card.model_type not in GGUF_ARCHITECTURES or len(card.weights) != 1):
+            return "transformers cannot read this GGUF"
+        return None
+
+    def estimate(self, request: LoadRequest) -> int:
+        """Bytes for weights, keys and values, and work."""
+        weights = weights_bytes(request)
+        return weights + self._cache_bytes(request, weights) + WORKING_BYTES
+
+    def _cache_bytes(self, request: LoadRequest, weights: int) -> int:
+        spare = request.device.free_bytes - weights - WORKING_BYTES
+        return self.options.kv_cache_bytes or max(0, int(spare * CACHE_SHARE))
+
+    def load(self, request: LoadRequest) -> PagedScheduler:
+        """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
+        from hfms_engines import openvino_runner
+        from hfms_engines.paged import PagedScheduler
+
+        weights = weights_bytes(request)
+        cache_bytes = self._cache_bytes(request, weights)
+        runner = openvino_runner.load(
+            self._export(request), dtype=request.dtype, cache_bytes=cache_bytes, share=self.options.prefix_cache
+        )
+        info = LoadedInfo(
+            engine=self.name,
+            device=request.device.id,
+            dtype=runner.precision,
+            tasks=self.tasks,
+            context_length=runner.context_length,
+            max_batch=self.options.max_batch,
+            memory_bytes=weights + cache_bytes + WORKING_BYTES,
+            chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+        )
+        return PagedScheduler(runner, info, prefill_tokens=self.options.prefill_tokens)
+
+    # --- conversion ---
+
+    def _export(self, request: LoadRequest) -> Path:
+        """The folder of the converted model, which is made where there is none."""
+        quantize: Literal["none", "int8"] = "int8" if self.options.quantize == "int8" else "none"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
+        root = Path(self.options.cache_dir or base).expanduser() / "openvino"
+        final = root / f"{_digest(request)}-{quantize}"
+        if not final.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(root)
+            made = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+            try:
+                _convert(request, quantize, made)
+                # Complete or not there; whoever was faster made the same.
+                if not final.is_dir():
+                    made.rename(final)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        return final
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Delete what conversions that were killed have left."""
+    for folder in root.glob(".making-*"):
+        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(request: LoadRequest) -> str:
+    """Names a conversion by all that it depends on: the model's files, and the versions of what reads them."""
+    digest = hashlib.sha256()
+    for package in ("openvino", "transformers", "torch"):
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    code = Path(__file__).with_name("openvino_export.py")
+    for file in [code, *sorted(p for p in Path(request.folder).rglob("*") if p.is_file())]:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _convert(request: LoadRequest, quantize: Literal["none", "int8"], out: Path) -> None:
+    """Raises LoadFailed."""
+    import msgspec
+
+    from hfms_engines.openvino_export import Job
+
+    job = Job(str(request.folder), request.card, request.device, quantize)
+    log.info("converting the model for openvino; this is done once")
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "hfms_engines.openvino_export", str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(msgspec.json.encode(job) + b"\n")
+        child.stdin.flush()
+        said = child.stdout.read().decode(errors="replace").strip()
+    if child.returncode:
+        reason = said.splitlines()[-1] if said else f"its conversion ended with status {child.returncode}."
+        raise LoadFailed(f"openvino cannot take this model: {reason} The engine `transformers` may.")

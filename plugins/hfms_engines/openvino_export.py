@@ -1,0 +1,392 @@
+"""Makes an OpenVINO model of a transformers model, with paged attention, in a process of its own; and reads it.
+
+    python -m hfms_engines.openvino_export OUT < job
+
+job: the JSON of `Job`, on one line. OUT: an empty folder, which holds model and tokenizer when this succeeds. The
+reason of a failure is the last line on stdout, all else goes to stderr. It ends when its stdin does.
+
+The model is traced once, by OpenVINO's own front end. Its attention is replaced for that by one operator,
+`hfms::attend`, which becomes OpenVINO's PagedAttentionExtension; all else is the model's own code. So a pass reads
+tokens of any number of sequences, one behind the other without padding, and each finds its past through its table of
+blocks.
+
+OpenVINO runs that operator and cannot write it to a file. So files have a common one in its place, with the same
+inputs and the same name, and `read` puts the right one back.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+# Its converter would tell its makers that it ran, unless it was told not to. Without this package it cannot.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+import msgspec
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from hfms_cli import Device, HfmsError, LoadFailed, LoadRequest, ModelCard
+
+MODEL = "openvino_model.xml"
+INPUTS = (
+    "input_ids",
+    "position_ids",
+    "past_lens",
+    "subsequence_begins",
+    "block_indices",
+    "block_indices_begins",
+    "max_context_len",
+    "wanted",
+)
+"""All inputs but the caches, of which each layer has two."""
+
+# Smaller weights are left as they are: it would save nothing.
+_SMALL = 2**10
+
+# Tokens that a new model is compared with the old one on.
+_PROOF = 96
+
+Quantize = Literal["none", "int8"]
+
+
+class Job(msgspec.Struct):
+    """What to make."""
+
+    folder: str
+    card: ModelCard
+    device: Device
+    quantize: Quantize
+
+
+class Layer(msgspec.Struct, array_like=True):
+    """What one layer's attention needs to know."""
+
+    scale: float
+    window: int
+    """Tokens that it looks back at; 0: all."""
+    key_heads: int
+    key_width: int
+    value_width: int
+
+
+class About(msgspec.Struct):
+    """What is said beside the model."""
+
+    context_length: int
+    vocabulary: int
+    stop_ids: list[int]
+    silent_ids: list[int]
+    layers: list[Layer]
+
+
+# --- what the server needs ---------------------------------------------------------------------------------------
+
+
+def read(core: Any, folder: Path) -> Any:
+    """The model in an export's folder, ready to be compiled."""
+    about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
+    model = core.read_model(folder / MODEL)
+    inputs = {port.get_any_name(): port for port in model.inputs}
+    tables = [inputs[name] for name in INPUTS[2:7]]
+    found = {node.get_friendly_name(): node for node in model.get_ops()}
+    for i, layer in enumerate(about.layers):
+        stand_in = found[_name(i)]
+        states = [port.get_source_output() for port in found[_name(i) + "/in"].inputs()]
+        caches = [inputs[name] for name in _cache_names(i)]
+        stand_in.output(0).replace(
+            _paged([*states, *(port.get_node().output(0) for port in [*caches, *tables])], layer)
+        )
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _name(layer: int) -> str:
+    return f"hfms.attend.{layer}"
+
+
+def _cache_names(layer: int) -> tuple[str, str]:
+    return f"key_cache.{layer}", f"value_cache.{layer}"
+
+
+def _paged(inputs: list[Any], layer: Layer) -> Any:
+    """The output of paged attention, [tokens, heads * value_width].
+
+    inputs: query, key and value, [tokens, heads * width]; the layer's two caches; the tables, as `INPUTS` has them.
+    """
+
+    def none(kind: Any, *shape: int) -> Any:
+        return ops.constant(np.zeros(shape), kind).output(0)
+
+    i32, f32 = ov.Type.i32, ov.Type.f32
+    *first, longest = inputs
+    first += [
+        ops.constant(layer.scale, f32).output(0),
+        ops.constant(layer.window, i32).output(0),
+        none(f32, 0),
+        longest,
+    ]
+    # What we use nothing of: scores, rotation, sparse attention, sinks, eviction, types of tokens, bias.
+    first += [none(i32, 0), none(i32, 0), none(i32, 0), none(f32, 0), none(f32, 0), none(i32), none(i32)]
+    first += [none(f32, 0, 0, 0, 0), none(i32), none(i32, 0), none(i32, 0), none(i32, 0), none(i32, 0)]
+    first += [none(ov.Type.u8, 0), none(i32, 0)]
+    paged = ov.op._PagedAttentionExtension(first)
+    info = paged.get_rt_info()
+    info["num_k_heads"] = info["num_v_heads"] = layer.key_heads
+    info["k_head_size"], info["v_head_size"] = layer.key_width, layer.value_width
+    return paged.output(0)
+
+
+# --- tracing -----------------------------------------------------------------------------------------------------
+
+
+def convert(model: Any) -> tuple[Any, list[Layer]]:
+    """The OpenVINO model of a transformers model, with stand-ins for attention, and what stands there."""
+    import torch
+    from openvino.frontend.pytorch import ConversionExtension
+    from transformers import AttentionInterface
+
+    layers: dict[int, Layer] = {}
+
+    operator = torch.library.custom_op(
+        "hfms::attend",
+        lambda query, key, value, layer, width: query.new_zeros((query.shape[0], width)),
+        mutates_args=(),
+        schema="(Tensor query, Tensor key, Tensor value, int layer, int width) -> Tensor",
+    )
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **how: Any
+    ) -> tuple[torch.Tensor, None]:
+        """What the model's layers call. query, key, value: [tokens, heads, 1, width]."""
+        for refused in ("softcap", "s_aux", "sinks", "position_bias"):
+            if how.get(refused) is not None:
+                raise NotImplementedError(f"attention with {refused}")
+        scale = how.get("scaling")
+        layers[module.layer_idx] = Layer(
+            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            window=int(how.get("sliding_window") or 0),
+            key_heads=int(key.shape[1]),
+            key_width=int(key.shape[-1]),
+            value_width=int(value.shape[-1]),
+        )
+        flat = [states.transpose(1, 2).flatten(1) for states in (query, key, value)]
+        width = value.shape[-1]
+        out = operator(*flat, module.layer_idx, int(query.shape[1] * width))
+        return out.view(-1, 1, query.shape[1], width), None
+
+    def translate(node: Any) -> list[Any]:
+        """A stand-in with the same inputs, and an output of the same shape."""
+        layer, width = (node.get_values_from_const_input(i) for i in (3, 4))
+        states = ops.concat([node.get_input(i) for i in range(3)], axis=1)
+        states.set_friendly_name(_name(layer) + "/in")
+        # Not at the border between two of them, where it would be optimised away.
+        out = ops.slice(states, [1], [1 + width], [1], [1])
+        out.set_friendly_name(_name(layer))
+        return [out.output(0)]
+
+    class Traced(torch.nn.Module):  # type: ignore[misc]
+        """The model as openvino is to run it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            def keep(head: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+                return (args[0][wanted],)
+
+            hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+            out = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            hook.remove()
+            return out.logits[:, 0]
+
+    AttentionInterface.register("hfms_paged", attend)
+    model.set_attn_implementation("hfms_paged")
+    # A batch of one token each, so that the model's transpositions move nothing; attention alone looks beyond a token.
+    tokens = torch.tensor([[3], [4], [5], [6], [7]])
+    with torch.no_grad(), warnings.catch_warnings():
+        # Sizes become constants of the model, as they should.
+        warnings.simplefilter("ignore")
+        made = ov.convert_model(
+            Traced(),
+            example_input=(tokens, tokens - 3, torch.tensor([2, 4])),
+            extension=ConversionExtension("hfms::attend", translate),
+        )
+    made.reshape({"input_ids": ov.PartialShape([-1, 1]), "position_ids": ov.PartialShape([-1, 1])})
+    _add_inputs(made, len(layers))
+    return made, [layers[i] for i in range(len(layers))]
+
+
+def _add_inputs(model: Any, layers: int) -> None:
+    """Give a traced model the inputs that only paged attention reads."""
+    kinds = {name: ov.PartialShape([-1]) for name in INPUTS[2:6]} | {"max_context_len": ov.PartialShape([])}
+    more = [(name, ov.Type.i32, shape) for name, shape in kinds.items()]
+    # Type and size of the caches are the device's choice.
+    more += [
+        (name, ov.Type.dynamic, ov.PartialShape([-1] * 4)) for layer in range(layers) for name in _cache_names(layer)
+    ]
+    added = []
+    for name, kind, shape in more:
+        parameter = ops.parameter(shape, kind, name)
+        parameter.output(0).set_names({name})
+        added.append(parameter)
+    model.add_parameters(added)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def quantize(model: Any) -> None:
+    """Store the weights of matrix products and embeddings in eight bits, with a scale for each row of the output."""
+    for node, targets in _weights(model):
+        axes = {_inner_axis(port) for port in targets}
+        if len(axes) != 1 or None in axes:
+            continue
+        weights = node.get_data()
+        scale = np.abs(weights).max(axis=axes.pop(), keepdims=True) / 127
+        scale[scale == 0] = 1
+        small = ops.convert(ops.constant(np.rint(weights / scale).astype(np.int8)), "f32")
+        _put(ops.multiply(small, ops.constant(scale.astype(np.float32))), targets)
+
+
+def shrink(model: Any) -> None:
+    """Store the weights in two bytes where that loses nothing, as with those that came in two bytes."""
+    for node, targets in _weights(model):
+        weights = node.get_data()
+        bits = weights.view(np.uint32)
+        with np.errstate(over="ignore"):
+            half = weights.astype(np.float16)
+        if not (bits & 0xFFFF).any():
+            brain = ov.Tensor(ov.Type.bf16, ov.Shape(weights.shape))
+            brain.data[:] = (bits >> 16).astype(np.uint16).view(brain.data.dtype)
+            stored = ov.op.Constant(brain)
+        elif (half == weights).all():
+            stored = ov.op.Constant(ov.Tensor(half))
+        else:
+            continue
+        _put(ops.convert(stored, "f32"), targets)
+
+
+def _weights(model: Any) -> list[tuple[Any, list[Any]]]:
+    """Large matrices of a model, each with the ports that read it."""
+    return [
+        (node, list(node.output(0).get_target_inputs()))
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Constant"
+        and node.get_element_type() == ov.Type.f32
+        and len(node.get_output_shape(0)) == 2
+        and np.prod(node.get_output_shape(0)) >= _SMALL
+    ]
+
+
+def _inner_axis(port: Any) -> int | None:
+    """The axis of a matrix that is summed over, or that is one token's vector; None where it is used otherwise."""
+    node = port.get_node()
+    if node.get_type_name() == "Gather" and port.get_index() == 0:
+        return 1
+    if node.get_type_name() == "MatMul" and port.get_index() == 1:
+        return 1 if node.get_attributes()["transpose_b"] else 0
+    return None
+
+
+def _put(node: Any, targets: list[Any]) -> None:
+    for port in targets:
+        port.replace_source_output(node.output(0))
+
+
+# --- the process -------------------------------------------------------------------------------------------------
+
+
+def make(job: Job, out: Path) -> None:
+    """Raises LoadFailed, UnsafeFormat and DoesNotFit, and whatever OpenVINO raises."""
+    from hfms_engines import torch_runner
+
+    def say(text: str) -> None:
+        print(f"openvino: {text}", file=sys.stderr, flush=True)
+
+    say("reading the model with transformers")
+    request = LoadRequest(folder=Path(job.folder), card=job.card, device=job.device, dtype="float32")
+    theirs = torch_runner.load(request, cache_bytes=2**62)
+    _refuse(theirs.model.config)
+    ids, expected = _try(theirs)
+    say("converting it")
+    model, layers = convert(theirs.model)
+    if job.quantize == "int8":
+        say("quantising it to eight bits")
+        quantize(model)
+    shrink(model)
+    about = About(theirs.context_length, theirs.vocabulary, sorted(theirs.stop_ids), sorted(theirs.silent_ids), layers)
+    say("writing it")
+    # A GGUF's few bits are far coarser than what this rounds, and half the bytes to read make a step faster.
+    ov.save_model(model, out / MODEL, compress_to_fp16=job.card.format == "gguf")
+    (out / MODEL).with_suffix(".json").write_bytes(msgspec.json.encode(about))
+    theirs.tokenizer.save_pretrained(out)
+    say("comparing it")
+    error, agree = _compare(out, ids, expected)
+    say(f"its logits differ by {error:.2%}; it would choose the same token in {agree:.0%} of {_PROOF} places")
+    if not error < (0.01 if job.quantize == "none" else 0.5):
+        raise LoadFailed(f"its logits differ by {error:.0%} from those of transformers.")
+
+
+def _refuse(config: Any) -> None:
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if taken := sorted(kinds & {"dynamic", "longrope"}):
+        raise LoadFailed(f"its positions ({taken[0]}) depend on how long a text becomes, which tracing cannot see.")
+
+
+def _try(theirs: Any) -> tuple[list[int], Any]:
+    """Some tokens, and the model's own logits for them, [tokens, vocabulary]."""
+    import torch
+
+    ids = [(i * 7919 + 11) % theirs.vocabulary for i in range(_PROOF)]
+    with torch.inference_mode():
+        return ids, theirs.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def _compare(out: Path, ids: list[int], expected: Any) -> tuple[float, float]:
+    """How far the logits of what was written are from the model's own, and how often both have the same favourite.
+
+    Two sequences go side by side through a cache in blocks, which the model's own pass has nothing of.
+    """
+    import torch
+
+    from hfms_engines import openvino_runner
+
+    ours = openvino_runner.load(out, dtype="float32", cache_bytes=None, share=False)
+    got = torch.empty_like(expected)
+    blocks = list(range(ours.blocks.needed(_PROOF)))
+    tables = [blocks, [block + len(blocks) for block in blocks]]
+    half = _PROOF // 2
+    ours.forward([ids[:half]], starts=[0], tables=tables[1:], wanted=[])
+    for i in range(half):
+        pair = ours.forward([[ids[i]], [ids[half + i]]], starts=[i, half + i], tables=tables, wanted=[0, 1])
+        got[i], got[half + i] = pair
+    error = float((got - expected).norm() / expected.norm())
+    return error, float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
+def main() -> None:
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    # Whoever wanted the model may be gone before it is made.
+    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+    try:
+        make(job, Path(sys.argv[1]))
+    except HfmsError as exc:
+        print(exc.message)
+        sys.exit(1)
+    except Exception as exc:
+        print(f"{type(exc).__name__}.")
+        raise
+
+
+if __name__ == "__main__":
+    main()

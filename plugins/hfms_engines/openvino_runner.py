@@ -1,0 +1,148 @@
+"""A model that `openvino_export` made, on its device: compiling, the paged cache, one forward pass.
+
+Imports openvino and torch: for worker processes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import openvino as ov
+import torch
+import transformers
+
+from hfms_cli import DoesNotFit, LoadFailed
+from hfms_engines.blocks import Blocks
+from hfms_engines.openvino_export import INPUTS, MODEL, About, read
+
+__all__ = ["Runner", "load"]
+
+
+# Blocks of a cache that is only tried out.
+_FEW = 16
+
+
+class Runner:
+    """A compiled model and its tokenizer, ready to run."""
+
+    def __init__(
+        self, compiled: Any, tokenizer: Any, about: About, *, precision: str, cache_bytes: int | None, share: bool
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.precision = precision
+        self.vocabulary = about.vocabulary
+        self.stop_ids = frozenset(about.stop_ids)
+        self.silent_ids = set(about.silent_ids)
+        self._request = compiled.create_infer_request()
+        caches = [port for port in compiled.inputs if port.get_any_name() not in INPUTS]
+        shapes = [[d.get_length() for d in list(port.get_partial_shape())[1:]] for port in caches]
+        block_bytes = sum(
+            int(np.prod(shape)) * port.get_element_type().size for port, shape in zip(caches, shapes, strict=True)
+        )
+        # Values lie as the tokens do in every precision; keys may have rows beside them.
+        size = shapes[1][1]
+        count = _FEW if cache_bytes is None else cache_bytes // block_bytes
+        self.blocks = Blocks(count, size, share=share)
+        # One sequence alone must always fit.
+        self.context_length = min(about.context_length, self.blocks.count * size)
+        if self.blocks.count < 2:
+            raise DoesNotFit(
+                f"A cache of {cache_bytes} bytes holds {self.context_length} tokens of this model;"
+                " set [engine.openvino] kv_cache_bytes, or free memory."
+            )
+        self._caches = []
+        for port, shape in zip(caches, shapes, strict=True):
+            # Pages that nobody has written to take no memory yet.
+            tensor = ov.Tensor(port.get_element_type(), ov.Shape([self.blocks.count, *shape]))
+            self._request.set_tensor(port, tensor)
+            self._caches.append(tensor)
+
+    def forward(
+        self,
+        pieces: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Run pieces of sequences, and return the logits of the last token of those at the indices `wanted`.
+
+        starts: how many tokens of each sequence are in its blocks. tables: its blocks, enough for the piece too.
+        Returns [wanted, vocabulary] float32, which is the caller's until the next pass.
+        """
+        lengths = [len(piece) for piece in pieces]
+        begins = [0, *accumulate(lengths)]
+        held = [start + n for start, n in zip(starts, lengths, strict=True)]
+        blocks = [table[: self.blocks.needed(n)] for table, n in zip(tables, held, strict=True)]
+        positions = chain.from_iterable(map(range, starts, held))
+        for name, values in (
+            ("input_ids", np.array(list(chain.from_iterable(pieces)))[:, None]),
+            ("position_ids", np.array(list(positions))[:, None]),
+            ("past_lens", np.array(starts, np.int32)),
+            ("subsequence_begins", np.array(begins, np.int32)),
+            ("block_indices", np.array(list(chain.from_iterable(blocks)), np.int32)),
+            ("block_indices_begins", np.array([0, *accumulate(map(len, blocks))], np.int32)),
+            ("max_context_len", np.array(max(held), np.int32)),
+            # There is no pass without logits.
+            ("wanted", np.array([begins[i + 1] - 1 for i in wanted] or [0])),
+        ):
+            self._request.set_tensor(name, ov.Tensor(values))
+        self._request.infer()
+        return torch.from_numpy(self._request.get_output_tensor(0).data)[: len(wanted)]
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Remove what blocks hold, such as values that are not finite, which would spoil the next sequence in them."""
+        for tensor in self._caches:
+            tensor.data[list(blocks)] = 0
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        """Nothing: what blocks hold is for the next call that begins alike."""
+
+    def trim(self) -> None:
+        """Nothing: openvino keeps no memory for later."""
+
+    @staticmethod
+    def is_out_of_memory(exc: BaseException) -> bool:
+        return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "alloc" in str(exc))
+
+    @staticmethod
+    def is_lost(exc: BaseException) -> bool:
+        return False
+
+
+def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool) -> Runner:
+    """Compile the model in an export's folder for this machine's CPU.
+
+    dtype: "auto", "float32" or "bfloat16". cache_bytes: for keys and values; None: a few blocks.
+    Raises LoadFailed and DoesNotFit.
+    """
+    transformers.logging.set_verbosity_error()
+    core = ov.Core()
+    fast = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == "bfloat16" and not fast:
+        raise LoadFailed("This CPU has no bfloat16; set [models] dtype to float32.")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise LoadFailed(f"openvino does not run in {dtype} on CPUs; set [models] dtype to float32 or bfloat16.")
+    precision = "bfloat16" if fast and dtype != "float32" else "float32"
+    about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
+    short = {"bfloat16": "bf16", "float32": "f32"}[precision]
+    try:
+        model = read(core, folder)
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {"INFERENCE_PRECISION_HINT": short, "KV_CACHE_PRECISION": short, "PERFORMANCE_HINT": "LATENCY"},
+        )
+    except RuntimeError as exc:
+        raise LoadFailed("openvino cannot compile this model.") from exc
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Runner(compiled, tokenizer, about, precision=precision, cache_bytes=cache_bytes, share=share)

