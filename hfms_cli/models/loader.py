@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
 from hfms_cli.errors import BadRequest, LoadFailed, UnsafeFormat
@@ -14,6 +16,8 @@ from hfms_cli.models.inspect import inspect
 from hfms_cli.models.ledger import Ledger, Reservation
 from hfms_cli.models.router import Router
 from hfms_cli.types import Device, Manifest, ModelCard, ModelName
+
+log = structlog.get_logger("hfms.models")
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,28 @@ class Wish:
     dtype: str | None = None
 
 
-@dataclass
-class Placement:
-    """A verified model with its engine and device chosen; `start` may be called again after the process died."""
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that says that it supports the model on a device, and what it expects to take there."""
 
-    manifest: Manifest
-    card: ModelCard
     engine: Engine
     request: LoadRequest
     size: int
-    """Bytes that the engine expects to take."""
+    """Bytes."""
+
+
+@dataclass
+class Placement:
+    """A verified model and where it may run, best first; `start` may be called again after the process died."""
+
+    manifest: Manifest
+    card: ModelCard
+    candidates: list[Candidate]
+
+    @property
+    def size(self) -> int:
+        """Bytes that the model is expected to take."""
+        return self.candidates[0].size
 
 
 class Loader:
@@ -63,10 +79,25 @@ class Loader:
         return self._choose(manifest, folder, card, wish)
 
     async def start(self, model: str, placement: Placement) -> tuple[EngineHost, Reservation]:
-        """Start the engine's process with the memory it needs set aside. Raises DoesNotFit, LoadFailed."""
-        device = self._now(placement.request.device)
-        with self.ledger.reserved_if_loaded(device, placement.size) as reservation:
-            host = await EngineHost.start(model, placement.request, self._host_options(placement.engine))
+        """Start the engine's process with the memory it needs set aside. Raises DoesNotFit, LoadFailed.
+
+        Some engines learn only while they load that they cannot take a model: then the next one is tried, and the
+        first not again.
+        """
+        while True:
+            candidate = placement.candidates[0]
+            try:
+                return await self._start(model, candidate)
+            except LoadFailed as exc:
+                if len(placement.candidates) == 1:
+                    raise
+                placement.candidates.pop(0)
+                log.warning("engine cannot load", model=model, engine=candidate.engine.name, reason=exc.message)
+
+    async def _start(self, model: str, candidate: Candidate) -> tuple[EngineHost, Reservation]:
+        device = self._now(candidate.request.device)
+        with self.ledger.reserved_if_loaded(device, candidate.size) as reservation:
+            host = await EngineHost.start(model, candidate.request, self._host_options(candidate.engine))
             reservation.taken = lambda: host.held_bytes
             return host, reservation
 
@@ -87,7 +118,7 @@ class Loader:
             )
 
     def _choose(self, manifest: Manifest, folder: Path, card: ModelCard, wish: Wish) -> Placement:
-        """The first device, in the operator's order, that an engine supports and that has room."""
+        """Every engine that supports the model on a device with room, in the operator's order of both."""
         devices = [d for d in self.devices() if wish.device in (None, d.kind, d.id)]
         if not devices:
             there = ", ".join(d.id for d in self.devices()) or "none"
@@ -96,7 +127,8 @@ class Loader:
         if not engines:
             there = ", ".join(e.name for e in self._engines)
             raise BadRequest(f"There is no engine `{wish.engine}` here; engines: {there}.", param="engine")
-        fitting: Placement | None = None
+        fitting: list[Candidate] = []
+        too_large: list[Candidate] = []
         reasons = []
         for device in devices:
             for engine in engines:
@@ -110,12 +142,10 @@ class Loader:
                     dtype=wish.dtype or self._config.models.dtype,
                     trust_remote_code=self._config.models.trust_remote_code,
                 )
-                placement = Placement(manifest, card, engine, request, engine.estimate(request))
-                if placement.size <= self.ledger.available(device):
-                    return placement
-                fitting = fitting or placement
-        if fitting:  # supported, and too large everywhere: reserving says by how much
-            return fitting
+                candidate = Candidate(engine, request, engine.estimate(request))
+                (fitting if candidate.size <= self.ledger.available(device) else too_large).append(candidate)
+        if candidates := fitting or too_large[:1]:  # too large everywhere: reserving says by how much
+            return Placement(manifest, card, candidates)
         raise LoadFailed(f"No engine here can run this model ({card.architecture}). " + "; ".join(reasons))
 
     def _now(self, device: Device) -> Device:

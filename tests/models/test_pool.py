@@ -103,3 +103,34 @@ async def test_every_byte_is_back_after_unloading(serve):
             assert not psutil.pid_exists(pid)
         assert pool.models() == []
         assert not psutil.Process().children()
+
+
+class Grumpy:
+    """An engine that supports everything and, since no worker knows it, loads nothing."""
+
+    name = "grumpy"
+    tasks = ("generate",)
+
+    def supports(self, card, device):
+        return None
+
+    def estimate(self, request):
+        return 0
+
+
+async def test_an_engine_that_cannot_load_what_it_supports_gives_way_to_the_next(serve):
+    async with serve() as server:
+        loader = server.runtime.pool.loader
+        loader._engines = [Grumpy(), *loader._engines]
+        model = await server.runtime.pool.load("echo:a")
+        assert model.host_now().info.engine == "echo"
+        assert [c.engine.name for c in model.placement.candidates] == ["echo"]
+
+
+async def test_when_no_engine_can_load_the_last_ones_reason_is_told(serve):
+    async with serve() as server:
+        loader = server.runtime.pool.loader
+        loader._engines = [Grumpy()]
+        with pytest.raises(LoadFailed, match="grumpy"):
+            await server.runtime.pool.load("echo:a")
+        assert not psutil.Process().children()
