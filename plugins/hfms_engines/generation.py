@@ -124,19 +124,14 @@ class GenerationEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        weights = weights_bytes(request)
-        return weights + self._cache_bytes(request, weights) + WORKING_BYTES
-
-    def _cache_bytes(self, request: LoadRequest, weights: int) -> int:
-        spare = request.device.free_bytes - weights - WORKING_BYTES
-        return self.options.kv_cache_bytes or max(0, int(spare * CACHE_SHARE))
+        return weights_bytes(request) + cache_bytes(request, self.options.kv_cache_bytes) + WORKING_BYTES
 
     def load(self, request: LoadRequest) -> Generator:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import torch_runner
 
-        cache_bytes = self._cache_bytes(request, weights_bytes(request))
-        runner = torch_runner.load(request, cache_bytes=cache_bytes)
+        cache = cache_bytes(request, self.options.kv_cache_bytes)
+        runner = torch_runner.load(request, cache_bytes=cache)
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
@@ -144,7 +139,7 @@ class GenerationEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
-            memory_bytes=runner.weights_bytes() + cache_bytes + WORKING_BYTES,
+            memory_bytes=runner.weights_bytes() + cache + WORKING_BYTES,
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
         )
         return Generator(runner, info, prefill_tokens=self.options.prefill_tokens)
@@ -163,6 +158,12 @@ def weights_bytes(request: LoadRequest) -> int:
         return card.parameters * width
     # Unknown: files hold two bytes a parameter, or five bits of a GGUF.
     return int(card.weights_bytes * width / (5 / 8 if unpacked else 4 if card.dtype == "float32" else 2))
+
+
+def cache_bytes(request: LoadRequest, asked: int) -> int:
+    """Bytes for keys and values: what the operator asked for, or a share of what the weights leave free."""
+    spare = request.device.free_bytes - weights_bytes(request) - WORKING_BYTES
+    return asked or max(0, int(spare * CACHE_SHARE))
 
 
 @dataclass(eq=False)

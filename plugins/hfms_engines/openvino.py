@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hfms_cli import Device, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Task, setting
-from hfms_engines.generation import CACHE_SHARE, GGUF_ARCHITECTURES, WORKING_BYTES, weights_bytes
+from hfms_engines.generation import GGUF_ARCHITECTURES, WORKING_BYTES, cache_bytes, weights_bytes
 
 if TYPE_CHECKING:
     from hfms_engines.paged import PagedScheduler
@@ -93,22 +93,16 @@ class OpenVinoEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        weights = weights_bytes(request)
-        return weights + self._cache_bytes(request, weights) + WORKING_BYTES
-
-    def _cache_bytes(self, request: LoadRequest, weights: int) -> int:
-        spare = request.device.free_bytes - weights - WORKING_BYTES
-        return self.options.kv_cache_bytes or max(0, int(spare * CACHE_SHARE))
+        return weights_bytes(request) + cache_bytes(request, self.options.kv_cache_bytes) + WORKING_BYTES
 
     def load(self, request: LoadRequest) -> PagedScheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import openvino_runner
         from hfms_engines.paged import PagedScheduler
 
-        weights = weights_bytes(request)
-        cache_bytes = self._cache_bytes(request, weights)
+        cache = cache_bytes(request, self.options.kv_cache_bytes)
         runner = openvino_runner.load(
-            self._export(request), dtype=request.dtype, cache_bytes=cache_bytes, share=self.options.prefix_cache
+            self._export(request), dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache
         )
         info = LoadedInfo(
             engine=self.name,
@@ -117,7 +111,7 @@ class OpenVinoEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
-            memory_bytes=weights + cache_bytes + WORKING_BYTES,
+            memory_bytes=weights_bytes(request) + cache + WORKING_BYTES,
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
         )
         return PagedScheduler(runner, info, prefill_tokens=self.options.prefill_tokens)

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,11 +252,9 @@ class HfCache:
                 continue
             for info in sorted(cached.revisions, key=lambda r: r.commit_hash):
                 tree = None
-                try:
+                with suppress(CachedRepoTreeNotFoundError):
                     known = get_cached_repo_tree(cached.repo_id, revision=info.commit_hash, cache_dir=self.root)
                     tree = frozenset(f.path for f in known)
-                except CachedRepoTreeNotFoundError:
-                    pass
                 yield Snapshot(cached.repo_id, info, tree)
 
     def _models(self, snapshot: Snapshot) -> Iterator[Manifest]:

@@ -125,22 +125,6 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 300, (n,), generator=chance).tolist() for n in lengths]
 
 
-@pytest.fixture(autouse=True)
-def made(monkeypatch):
-    """Token ids that each choice was given: chunks do not carry them."""
-    from hfms_engines import generation
-
-    seen: dict[tuple[str, int], list[int]] = defaultdict(list)
-    take = generation._Sequence.take
-
-    def watched(self, token):
-        seen[self.call.id, self.index].append(token)
-        return take(self, token)
-
-    monkeypatch.setattr(generation._Sequence, "take", watched)
-    return seen
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -156,7 +157,7 @@ async def test_a_worker_ends_by_itself_when_its_front_is_killed(tmp_path):
         "asyncio.run(main())\n"
     )
     front = await asyncio.create_subprocess_exec(
-        "python", str(script), str(Path(__file__).parents[2]), stdout=asyncio.subprocess.PIPE
+        sys.executable, str(script), str(Path(__file__).parents[2]), stdout=asyncio.subprocess.PIPE
     )
     worker = psutil.Process(int(await asyncio.wait_for(front.stdout.readline(), 20)))
     front.kill()

@@ -81,22 +81,6 @@ def scheduler(folder: Path, *, blocks: int = 64, max_batch: int = 4, prefill_tok
     return PagedScheduler(runner, info, prefill_tokens=prefill_tokens)
 
 
-@pytest.fixture(autouse=True)
-def made(monkeypatch):
-    """Token ids that each choice was given: chunks do not carry them."""
-    from hfms_engines import generation
-
-    seen: dict[tuple[str, int], list[int]] = defaultdict(list)
-    take = generation._Sequence.take
-
-    def watched(self, token):
-        seen[self.call.id, self.index].append(token)
-        return take(self, token)
-
-    monkeypatch.setattr(generation._Sequence, "take", watched)
-    return seen
-
-
 def submit(model: PagedScheduler, id: str, prompt, *, n: int = 1, **sampling) -> None:
     sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
     model.submit(Call(id=id, model="m", task="generate", inputs=[prompt], n=n, sampling=Sampling(**sampling)))
