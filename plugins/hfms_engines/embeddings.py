@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Measured with MiniLM and a BERT-large on CPU: what a worker process holds beside the weights, and what a token of a
 # batch takes while it passes through.
-PROCESS_BYTES = 384 * 2**20
+PROCESS_BYTES = 640 * 2**20
 TOKEN_BYTES = 96 * 2**10
 
 
