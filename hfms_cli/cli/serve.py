@@ -154,7 +154,7 @@ def _panel(console: Console, runtime: Runtime, url: str) -> None:
     from rich.panel import Panel
     from rich.table import Table
 
-    from hfms_cli.models.ledger import human
+    from hfms_cli.cli.output import human_bytes
 
     config = runtime.config
     rows = Table.grid(padding=(0, 2))
@@ -163,7 +163,7 @@ def _panel(console: Console, runtime: Runtime, url: str) -> None:
     rows.add_row("URL", f"{url}/v1")
     rows.add_row("Models", escape("\n".join(config.models.serve)) or "none yet: POST /models/load, or hfms models load")
     devices = [
-        f"{d['id']}  {d['name']}, {human(d['free_bytes'])} free of {human(d['total_bytes'])}"
+        f"{d['id']}  {d['name']}, {human_bytes(d['free_bytes'])} free of {human_bytes(d['total_bytes'])}"
         for kind in runtime.probe()
         for d in kind["devices"]
     ]
