@@ -80,6 +80,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     n: int = 1
     dimensions: int | None = None
     caller: Caller = Caller()
+    priority: int = 1
+    """0 LOW, 1 NORMAL, 2 HIGH, 3 CRITICAL: who goes first where there is not room for all."""
 
 
 class Chunk(Struct, array_like=True, omit_defaults=True):
@@ -94,6 +96,11 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     """Set once an input, on the first chunk that is about it."""
     vector: bytes | None = None
     """An embedding: little-endian float32."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether it only says that an input has left the line and is being read."""
+        return not (self.tokens or self.text or self.finish_reason or self.vector)
 
 
 class ModelName(Struct, frozen=True):

@@ -97,14 +97,16 @@ class CallMeasure:
         self.completion_tokens = 0
 
     def chunk(self, chunk: Chunk) -> None:
+        self.prompt_tokens += chunk.prompt_tokens
+        self.completion_tokens += chunk.tokens
+        if chunk.begins:
+            return
         now = self._clock()
         if not self._last:
             self._metrics.first_token.labels(self._model).observe(now - self._began)
         elif (before := self._last.get(chunk.index)) is not None:
             self._between.observe(now - before)
         self._last[chunk.index] = now
-        self.prompt_tokens += chunk.prompt_tokens
-        self.completion_tokens += chunk.tokens
 
     def end(self) -> None:
         self._metrics.prompt_tokens.labels(self._model).inc(self.prompt_tokens)

@@ -119,7 +119,7 @@ class Tally:
     first_token_seconds: float | None = None
 
     def add(self, chunk: Chunk) -> None:
-        if self.first_token_seconds is None:
+        if self.first_token_seconds is None and not chunk.begins:
             self.first_token_seconds = time.perf_counter() - self.began
         self.prompt_tokens += chunk.prompt_tokens
         self.completion_tokens += chunk.tokens
@@ -163,6 +163,8 @@ async def _stream(
     try:
         async for chunk in chunks:
             tally.add(chunk)
+            if chunk.begins:
+                continue
             events = shape.events(chunk)
             if options.include_usage:
                 so_far = {"usage": tally.usage() if options.continuous_usage_stats else None}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hfms_cli import Device, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Task, setting
-from hfms_engines.generation import GGUF_ARCHITECTURES, WORKING_BYTES, cache_bytes, weights_bytes
+from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS, WORKING_BYTES, cache_bytes, weights_bytes
 
 if TYPE_CHECKING:
     from hfms_engines.paged import PagedScheduler
@@ -48,8 +48,12 @@ class OpenVinoOptions:
         "auto", "Bits of the weights; auto: those of the model itself.", choices=("auto", "none", "int8")
     )
     max_batch: int = setting(64, "Sequences that run at once.", ge=1)
-    prefill_tokens: int = setting(
-        256, "Prompt tokens that one step reads; more is faster, and stalls answers longer.", ge=1
+    prefill_tokens: int = setting(256, "Prompt tokens that one step reads at most.", ge=1)
+    stall_seconds: float = setting(
+        STALL_SECONDS, "How long reading prompts may hold up answers that are under way, each step.", ge=0
+    )
+    speculative_tokens: int = setting(
+        8, "Tokens that one step may guess from what was there before, and check; 0: none.", ge=0
     )
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of sequences; 0: a quarter of what the weights leave free.", ge=0
@@ -114,7 +118,13 @@ class OpenVinoEngine:
             memory_bytes=weights_bytes(request) + cache + WORKING_BYTES,
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
         )
-        return PagedScheduler(runner, info, prefill_tokens=self.options.prefill_tokens)
+        return PagedScheduler(
+            runner,
+            info,
+            prefill_tokens=self.options.prefill_tokens,
+            stall_seconds=self.options.stall_seconds,
+            guess_tokens=self.options.speculative_tokens,
+        )
 
     # --- conversion ---
 

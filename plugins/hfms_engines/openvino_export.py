@@ -252,7 +252,7 @@ def merge(model: Any) -> int:
     shorter. The two of a gated layer stay as they are: the device has an operator for them.
     """
     readers: dict[Any, list[Any]] = {}
-    for node, targets in _weights(model):
+    for node, targets in _weights(model, least=1):
         product = targets[0].get_node()
         if product.get_type_name() == "MatMul" and len(targets) == 1 and _inner_axis(targets[0]) == 1:
             source = product.input_value(0)
@@ -263,10 +263,10 @@ def merge(model: Any) -> int:
             continue
         products = [product for product, _ in group]
         weights = [node.get_data() for _, node in group]
-        biases = [_bias(product) for product in products]
+        biases = [bias for product in products if (bias := _bias(product))]
         ends = products
         out = ops.matmul(products[0].input_value(0), ops.constant(np.concatenate(weights)), False, True)
-        if all(bias is not None for bias in biases):
+        if len(biases) == len(products):
             out = ops.add(out, ops.constant(np.concatenate([bias[1] for bias in biases])))
             ends = [bias[0] for bias in biases]
         parts = ops.variadic_split(out, ops.constant(-1), ops.constant([len(w) for w in weights]))
@@ -321,15 +321,15 @@ def shrink(model: Any) -> None:
         _put(ops.convert(stored, "f32"), targets)
 
 
-def _weights(model: Any) -> list[tuple[Any, list[Any]]]:
-    """Large matrices of a model, each with the ports that read it."""
+def _weights(model: Any, least: int = _SMALL) -> list[tuple[Any, list[Any]]]:
+    """Matrices of a model with so many elements or more, each with the ports that read it."""
     return [
         (node, list(node.output(0).get_target_inputs()))
         for node in model.get_ordered_ops()
         if node.get_type_name() == "Constant"
         and node.get_element_type() == ov.Type.f32
         and len(node.get_output_shape(0)) == 2
-        and np.prod(node.get_output_shape(0)) >= _SMALL
+        and np.prod(node.get_output_shape(0)) >= least
     ]
 
 
@@ -413,9 +413,9 @@ def _compare(out: Path, ids: list[int], expected: Any) -> tuple[float, float]:
     blocks = list(range(ours.blocks.needed(_PROOF)))
     tables = [blocks, [block + len(blocks) for block in blocks]]
     half = _PROOF // 2
-    ours.forward([ids[:half]], starts=[0], tables=tables[1:], wanted=[])
+    ours.forward([ids[:half]], starts=[0], tables=tables[1:], tails=[0])
     for i in range(half):
-        pair = ours.forward([[ids[i]], [ids[half + i]]], starts=[i, half + i], tables=tables, wanted=[0, 1])
+        pair = ours.forward([[ids[i]], [ids[half + i]]], starts=[i, half + i], tables=tables, tails=[1, 1])
         got[i], got[half + i] = pair
     error = float((got - expected).norm() / expected.norm())
     return error, float((got.argmax(-1) == expected.argmax(-1)).float().mean())

@@ -68,18 +68,19 @@ class Runner:
         *,
         starts: Sequence[int],
         tables: Sequence[Sequence[int]],
-        wanted: Sequence[int],
+        tails: Sequence[int],
     ) -> torch.Tensor:
-        """Run pieces of sequences, and return the logits of the last token of those at the indices `wanted`.
+        """Run pieces of sequences, and return the logits of as many of each one's last tokens as `tails` says.
 
         starts: how many tokens of each sequence are in its blocks. tables: its blocks, enough for the piece too.
-        Returns [wanted, vocabulary] float32, which is the caller's until the next pass.
+        Returns [sum of tails, vocabulary] float32, which is the caller's until the next pass.
         """
         lengths = [len(piece) for piece in pieces]
         begins = [0, *accumulate(lengths)]
         held = [start + n for start, n in zip(starts, lengths, strict=True)]
         blocks = [table[: self.blocks.needed(n)] for table, n in zip(tables, held, strict=True)]
         positions = chain.from_iterable(map(range, starts, held))
+        wanted = [at for end, tail in zip(begins[1:], tails, strict=True) for at in range(end - tail, end)]
         for name, values in (
             ("input_ids", np.array(list(chain.from_iterable(pieces)))[:, None]),
             ("position_ids", np.array(list(positions))[:, None]),
@@ -89,7 +90,7 @@ class Runner:
             ("block_indices_begins", np.array([0, *accumulate(map(len, blocks))], np.int32)),
             ("max_context_len", np.array(max(held), np.int32)),
             # There is no pass without logits.
-            ("wanted", np.array([begins[i + 1] - 1 for i in wanted] or [0])),
+            ("wanted", np.array(wanted or [0])),
         ):
             self._request.set_tensor(name, ov.Tensor(values))
         self._request.infer()

@@ -1,120 +1,196 @@
 """The scheduler around a paged cache: one forward pass a step reads pieces of prompts and decodes, side by side.
 
-    submit   call -> sequences, in order of arrival, in `_waiting`
-    admit    the first of them get blocks, as far as there are some and as one step can read
-    plan     what each sequence has not read yet: one token where it is under way, else a piece of its prompt
-    pass     all of that in one pass; who has read all makes a token
+    admit    the first in line get blocks, as far as there are some and as one step can read
+    plan     what each sequence has not read yet: a token where it is under way, else a piece of its prompt
+    guess    what may come next, to be read along and checked, while the pass has room for more rows
+    pass     all of that in one pass; who has read all makes a token, and one more for each right guess
     leave    its blocks are free, and keep what they hold until they are needed
 
-A sequence begins when there are blocks for what it has, and grows by a block at a time. When none is left, the newest
-waits again and later reads again what is not kept.
+A sequence begins when there are blocks for what it has, and grows by a block at a time. When none is left, the last
+of those under way waits again and later reads again what is not kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfms_engines.blocks import Table
-from hfms_engines.generation import Event, Scheduler, _Sequence
+from hfms_engines.scheduler import Event, Scheduler, Seq
+from hfms_engines.speculate import Guesser
 
 if TYPE_CHECKING:
     from hfms_cli import LoadedInfo
     from hfms_engines.openvino_runner import Runner
 
+# Guessed tokens of one pass. While there are few rows, more of them cost next to nothing: the weights are read anyway.
+_GUESSES = 8
+
+
+@dataclass
+class _Piece:
+    """What a sequence reads in a pass: `tokens`, of which the last are guessed."""
+
+    seq: Seq
+    tokens: list[int]
+    guesses: list[int]
+    tail: int
+    """Tokens that the pass chooses, if every guess is right."""
+
 
 class PagedScheduler(Scheduler):
-    """A loaded model whose cache comes in blocks."""
+    """A loaded model whose cache comes in blocks.
+
+    guess_tokens: the longest guess at what comes next; 0: none.
+    """
 
     _runner: Runner
 
-    def __init__(self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int) -> None:
-        super().__init__(runner, info, prefill_tokens=prefill_tokens)
+    def __init__(
+        self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int, stall_seconds: float, guess_tokens: int = 0
+    ) -> None:
+        super().__init__(runner, info, prefill_tokens=prefill_tokens, stall_seconds=stall_seconds)
         self._blocks = runner.blocks
-        self._tables: dict[_Sequence, Table] = {}
+        self._tables: dict[Seq, Table] = {}
+        self._guess_tokens = guess_tokens
+        self._guessers: dict[Seq, Guesser] = {}
 
     def step(self) -> list[Event]:
-        """One token of each sequence under way, and up to `prefill_tokens` of prompts."""
+        """A token or more of each sequence under way, and as much of prompts as the pace allows."""
         events: list[Event] = []
-        self._admit()
+        answering = any(s.length - s.cached == 1 for s in self._rows)
+        most = self._pace.tokens(answering)
+        self._admit(most, events)
         self._make_room()
-        pieces = self._plan()
+        pieces = self._plan(most)
         if not pieces:
             return events
-        seqs = list(pieces)
-        done = [s for s in seqs if s.cached + len(pieces[s]) == s.length]
+        began = self._clock()
+        choosing = [p for p in pieces if p.tail]
 
         def work() -> list[int]:
             logits = self._runner.forward(
-                list(pieces.values()),
-                starts=[s.cached for s in seqs],
-                tables=[self._tables[s].blocks for s in seqs],
-                wanted=[seqs.index(s) for s in done],
+                [p.tokens for p in pieces],
+                starts=[p.seq.cached for p in pieces],
+                tables=[self._tables[p.seq].blocks for p in pieces],
+                tails=[p.tail for p in pieces],
             )
-            return self._choose(logits, done)
+            return self._choose(logits, [p.seq for p in choosing for _ in range(p.tail)])
 
-        tokens = self._attempt(work, seqs, events)
-        if tokens is None:
+        chosen = self._attempt(work, [p.seq for p in pieces], events)
+        if chosen is None:
             return events
-        for seq, piece in pieces.items():
-            seq.cached += len(piece)
-        sound = {s for s, token in zip(done, tokens, strict=True) if token >= 0}
-        for seq in seqs:
-            # Looked at before its tokens are put together, which costs more.
-            if (seq in sound or seq not in done) and seq.cached // self._blocks.size > len(self._tables[seq].names):
-                self._blocks.publish(self._tables[seq], seq.tokens[: seq.cached])
-        self._advance(done, tokens, events)
+        read = sum(len(p.tokens) for p in pieces if len(p.tokens) - len(p.guesses) > 1)
+        self._pace.took(self._clock() - began, read, answering)
+        said = iter(chosen)
+        for piece in pieces:
+            self._conclude(piece, [next(said) for _ in range(piece.tail)], events)
         return events
 
-    def _plan(self) -> dict[_Sequence, list[int]]:
+    def _conclude(self, piece: _Piece, chosen: list[int], events: list[Event]) -> None:
+        """Take what the pass says of one sequence: tokens up to the first that was guessed wrong."""
+        seq, guesses = piece.seq, piece.guesses
+        if seq not in self._tables:
+            return  # another sequence of its call has just failed
+        right = 0
+        while right < len(guesses) and chosen[right] == guesses[right]:
+            right += 1
+        made = chosen[: right + 1]
+        self._was_read(seq, len(piece.tokens) - len(guesses) + right)
+        table = self._tables[seq]
+        # Looked at before the tokens are put together, which costs more.
+        if -1 not in made and seq.cached // self._blocks.size > len(table.names):
+            self._blocks.publish(table, (seq.tokens + made)[: seq.cached])
+        if guesses:
+            self._guessers[seq].learn(len(guesses), right)
+        for token in made:
+            if seq in self._guessers:
+                self._guessers[seq].add(token)
+            self._advance([seq], [token], events)
+            if seq not in self._tables:
+                return
+
+    def _plan(self, most: int) -> list[_Piece]:
         """What each sequence reads in this step."""
-        left = self._prefill_tokens
-        pieces: dict[_Sequence, list[int]] = {}
-        for seq in self._rows:
-            unread = seq.length - seq.cached
-            if unread == 1:
-                pieces[seq] = [(seq.made or seq.prompt.ids)[-1]]
-            elif left:
-                pieces[seq] = seq.tokens[seq.cached : seq.cached + min(unread, left)]
-                left -= len(pieces[seq])
+        pieces = []
+        answering = [s for s in self._rows if s.length - s.cached == 1]
+        spare = _GUESSES - len(answering)
+        for seq in answering:
+            guesses = self._guess(seq, spare) if spare > 0 else []
+            spare -= len(guesses)
+            pieces.append(_Piece(seq, [(seq.made or seq.prompt.ids)[-1], *guesses], guesses, 1 + len(guesses)))
+        for seq in self._reading():
+            if most <= 0:
+                break
+            tokens = seq.tokens[seq.cached : seq.cached + most]
+            most -= len(tokens)
+            pieces.append(_Piece(seq, tokens, [], int(seq.cached + len(tokens) == seq.length)))
         return pieces
 
-    def _admit(self) -> None:
+    def _reading(self) -> list[Seq]:
+        """Those with more than a token to read: the highest priority first, then the key that has had least."""
+        reading = [s for s in self._rows if s.length - s.cached > 1]
+        return sorted(reading, key=lambda s: (self._merit(s), -s.order), reverse=True)
+
+    def _guess(self, seq: Seq, most: int) -> list[int]:
+        """What may follow, where a guess can be checked: the likeliest token is taken, and there are blocks."""
+        most = min(most, self._guess_tokens, seq.limit - len(seq.made) - 1)
+        if most <= 0 or not seq.sampler.greedy or seq.sampler.adjusts:
+            return []
+        guesser = self._guessers.get(seq)
+        if guesser is None:
+            guesser = self._guessers[seq] = Guesser(seq.tokens, self._guess_tokens)
+        guesses = guesser.guess(most)
+        return guesses if self._blocks.extend(self._tables[seq], seq.length + len(guesses)) else []
+
+    def _admit(self, most: int, events: list[Event]) -> None:
         """Let in the first in line while there is room, and as long as this step can read more of prompts.
 
         Nobody is let in earlier than needed: by then another may have read what both begin with.
         """
-        unread = sum(s.length - s.cached for s in self._rows if s.length - s.cached > 1)
-        while self._waiting and len(self._rows) < self.info.max_batch and unread < self._prefill_tokens:
-            seq = self._waiting[0]
+        while (seq := self._line.first()) is not None:
+            before = [s for s in self._reading() if self._merit(s) >= self._merit(seq)]
+            if sum(s.length - s.cached for s in before) >= most:
+                return
             # Another choice of this call may be about to read what this one can share.
             full = (len(seq.prompt.ids) - 1) // self._blocks.size * self._blocks.size
             if self._blocks.share and any(s.prompt is seq.prompt and s.cached < full for s in self._rows):
                 return
-            table = self._blocks.open(seq.tokens)
-            # A block to grow for each that is under way; alone, a sequence always fits.
-            spare = len(self._rows)
-            more = self._blocks.needed(seq.length) - len(table.blocks)
-            if self._blocks.free < more + spare or not self._blocks.extend(table, seq.length):
-                self._blocks.close(table)
-                return
-            self._let_in()
+            while (table := self._place(seq)) is None:
+                other = self._yielding(seq)
+                if other is None:
+                    return
+                self._send_back(other)
+            self._let_in(seq, events)
             seq.cached = len(table.names) * self._blocks.size
             self._tables[seq] = table
             self._rows.append(seq)
-            unread += seq.length - seq.cached
+
+    def _merit(self, seq: Seq) -> tuple[int, float]:
+        return seq.priority, -self._line.had(seq.key)
+
+    def _place(self, seq: Seq) -> Table | None:
+        """Blocks for all that a sequence has; None where there is no room."""
+        if len(self._rows) >= self.info.max_batch:
+            return None
+        table = self._blocks.open(seq.tokens)
+        # A block to grow for each that is under way; alone, a sequence always fits.
+        spare = len(self._rows)
+        more = self._blocks.needed(seq.length) - len(table.blocks)
+        if self._blocks.free < more + spare or not self._blocks.extend(table, seq.length):
+            self._blocks.close(table)
+            return None
+        return table
 
     def _make_room(self) -> None:
-        """Give each its next block; send the newest back to wait where there is none."""
-        for seq in sorted(self._rows, key=lambda s: s.order):
-            while seq in self._tables and not self._blocks.extend(self._tables[seq], seq.length):
-                newest = max(self._rows, key=lambda s: s.order)
-                self._leave(newest)
-                newest.cached = 0
-                self._waiting.appendleft(newest)
+        """Give each its next block; send the last back to wait where there is none."""
+        while any(not self._blocks.extend(self._tables[s], s.length) for s in self._rows):
+            self._send_back(self._last(self._rows))
 
-    def _leave(self, seq: _Sequence) -> None:
+    def _leave(self, seq: Seq) -> None:
         self._rows.remove(seq)
+        self._guessers.pop(seq, None)
         self._blocks.close(self._tables.pop(seq))
 
-    def _wipe(self, seq: _Sequence) -> None:
+    def _wipe(self, seq: Seq) -> None:
         self._runner.wipe(self._blocks.disown(self._tables[seq]))

@@ -1,0 +1,113 @@
+"""Who is next: the highest priority, then the key that has had least, then who waits longest.
+
+Fairness is by tokens. Each key has an account of what it was given, prompts and answers alike; of those that wait
+with one priority, the key with the lowest account goes first. A key that comes after a pause starts where the lowest
+of those present is, so that nobody saves up. Who waits rises by one priority every `AGEING_SECONDS`, so that nobody
+waits for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+AGEING_SECONDS = 30.0
+HIGHEST = 3
+
+# Accounts of keys that are away are kept up to this number.
+_ACCOUNTS = 4096
+
+
+class Waiter(Protocol):
+    """Who stands in a line."""
+
+    since: float
+    """When it began to wait; the line sets it."""
+
+    @property
+    def priority(self) -> int:
+        """0 LOW, 1 NORMAL, 2 HIGH, 3 CRITICAL."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Whose it is."""
+        ...
+
+
+W = TypeVar("W", bound=Waiter)
+
+
+class Line(Generic[W]):
+    """Those who wait, and the accounts of their keys. A waiter enters once and leaves once, and may wait repeatedly."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lanes: dict[tuple[int, str], deque[W]] = {}
+        self._present: Counter[str] = Counter()
+        """Waiters of each key that have entered and not left."""
+        self._had: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def __iter__(self) -> Iterator[W]:
+        for lane in self._lanes.values():
+            yield from lane
+
+    def enter(self, waiter: W) -> None:
+        """Wait for the first time, behind those of the same key."""
+        if not self._present[waiter.key]:
+            self._had[waiter.key] = max(self.had(waiter.key), self._least())
+        self._present[waiter.key] += 1
+        self._lane(waiter).append(waiter)
+
+    def again(self, waiter: W) -> None:
+        """Wait again, before those of the same key."""
+        self._lane(waiter).appendleft(waiter)
+
+    def first(self) -> W | None:
+        """Who is next."""
+        now = self._clock()
+        heads = (lane[0] for lane in self._lanes.values())
+        return min(heads, key=lambda w: (-self._aged(w, now), self.had(w.key), w.since), default=None)
+
+    def take(self, waiter: W) -> None:
+        """Let one go that is first of its priority and key."""
+        lane = self._lanes[waiter.priority, waiter.key]
+        assert lane.popleft() is waiter
+        if not lane:
+            del self._lanes[waiter.priority, waiter.key]
+
+    def leave(self, waiter: W) -> None:
+        """Be done, or give up; from wherever it is."""
+        lane = self._lanes.get((waiter.priority, waiter.key))
+        if lane and waiter in lane:
+            lane.remove(waiter)
+            if not lane:
+                del self._lanes[waiter.priority, waiter.key]
+        self._present[waiter.key] -= 1
+        if not self._present[waiter.key]:
+            del self._present[waiter.key]
+            if not self._present or len(self._had) > _ACCOUNTS:
+                self._had = {key: self._had[key] for key in self._present}
+
+    def charge(self, key: str, tokens: float) -> None:
+        """A key was given so many tokens."""
+        self._had[key] = self.had(key) + tokens
+
+    def had(self, key: str) -> float:
+        """Tokens on a key's account."""
+        return self._had.get(key, 0.0)
+
+    def _least(self) -> float:
+        return min((self.had(key) for key in self._present), default=0.0)
+
+    def _aged(self, waiter: W, now: float) -> int:
+        return min(HIGHEST, waiter.priority + int((now - waiter.since) / AGEING_SECONDS))
+
+    def _lane(self, waiter: W) -> deque[W]:
+        waiter.since = self._clock()
+        return self._lanes.setdefault((waiter.priority, waiter.key), deque())

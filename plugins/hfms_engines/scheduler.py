@@ -1,0 +1,433 @@
+"""Calls in, chunks out: what every scheduler of text generation does, whatever its cache is like.
+
+    submit   call -> sequences, one for each input and choice, in the line
+    begin    who is next in line gets its place, and reads its prompt
+    advance  each step makes a token of each sequence under way
+    leave    a sequence that is done, or whose call is cancelled, gives its place back
+
+Who is next is `line.Line`'s to say: the highest priority, then the key that has had least. Where no place is left, one
+under way waits again if it is of lower priority than the first in line, or if its key has more than its share. It
+loses nothing but time: what it has made stays, and it reads again what the cache has not kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from hfms_cli import (
+    BadRequest,
+    Call,
+    Chunk,
+    ContextLengthExceeded,
+    Conversation,
+    DoesNotFit,
+    EngineFault,
+    HfmsError,
+    LoadedInfo,
+    NoChatTemplate,
+    Sampling,
+)
+from hfms_engines.line import Line
+from hfms_engines.pace import Pace
+from hfms_engines.text import Detokenizer, StopStrings
+
+if TYPE_CHECKING:
+    import torch
+
+    from hfms_engines.sampling import Sampler
+
+log = logging.getLogger("hfms.engine")
+
+T = TypeVar("T")
+Event = tuple[str, Chunk | HfmsError | None]
+
+# fmt: off
+# What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
+_NOT_FOR_TEMPLATES = {
+    "chat_template", "conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+}
+# fmt: on
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One input of a call, shared by its choices."""
+
+    ids: list[int]
+    reported: bool = False
+    """A chunk has told how many tokens it has."""
+
+
+@dataclass(eq=False)
+class Seq:
+    """One choice of a call on its way."""
+
+    call: _Call
+    index: int
+    prompt: Prompt
+    limit: int
+    """Tokens that it may make."""
+    sampler: Sampler
+    words: Detokenizer
+    stops: StopStrings
+    stop_ids: frozenset[int]
+    made: list[int] = field(default_factory=list)
+    cached: int = 0
+    """Tokens whose keys and values are in the cache."""
+    order: int = 0
+    """When it was let in; the newest has the highest."""
+    since: float = 0.0
+    """When it began to wait."""
+
+    @property
+    def priority(self) -> int:
+        return self.call.priority
+
+    @property
+    def key(self) -> str:
+        return self.call.key
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt.ids + self.made
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.ids) + len(self.made)
+
+    def take(self, token: int) -> Chunk:
+        """Go on by a token; the chunk's finish reason says whether it was the last."""
+        self.made.append(token)
+        self.sampler.took(token)
+        ended = token in self.stop_ids
+        last = ended or len(self.made) >= self.limit
+        text = "" if ended else self.words.feed(token)
+        if last:
+            text += self.words.flush()
+        stopped = False
+        # As in vLLM: what is said before the least length is reached cannot be part of a stop string.
+        if len(self.made) > self.sampler.sampling.min_tokens:
+            text, stopped = self.stops.feed(text)
+            if last and not stopped:
+                text += self.stops.flush()
+        return Chunk(
+            index=self.index,
+            text=text,
+            tokens=1,
+            finish_reason="stop" if ended or stopped else "length" if last else None,
+        )
+
+
+@dataclass(eq=False)
+class _Call:
+    id: str
+    priority: int
+    key: str
+    unfinished: int
+    begun: bool = False
+
+
+class AnyRunner(Protocol):
+    """What every scheduler needs to know of a model and its tokenizer."""
+
+    tokenizer: Any
+    vocabulary: int
+    stop_ids: frozenset[int]
+    silent_ids: set[int]
+    """Tokens without text."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def release(self) -> None:
+        """Give memory back that nothing needs between calls."""
+
+    def trim(self) -> None:
+        """Give memory back after there was too little."""
+
+    def is_out_of_memory(self, exc: BaseException) -> bool: ...
+
+    def is_lost(self, exc: BaseException) -> bool:
+        """Whether only a new process can go on."""
+
+
+class Scheduler(ABC):
+    """Calls in, chunks out. What a step runs, and where keys and values lie, is the business of those derived from it.
+
+    Counts of tokens include the one that ends an answer, as vLLM's do.
+    """
+
+    _runner: AnyRunner
+
+    def __init__(
+        self,
+        runner: AnyRunner,
+        info: LoadedInfo,
+        *,
+        prefill_tokens: int,
+        stall_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        from hfms_engines import sampling
+
+        self.info = info
+        self._runner = runner
+        self._sample = sampling.sample
+        self._sampler = sampling.Sampler
+        self._clock = clock
+        self._pace = Pace(prefill_tokens, stall_seconds)
+        self._calls: dict[str, _Call] = {}
+        self._line: Line[Seq] = Line(clock)
+        self._rows: list[Seq] = []
+        """Under way."""
+        self._admitted = 0
+
+    @abstractmethod
+    def step(self) -> list[Event]:
+        """One forward pass, or a few that belong together."""
+
+    @abstractmethod
+    def _leave(self, seq: Seq) -> None:
+        """Take the place of a sequence that is under way."""
+
+    @abstractmethod
+    def _wipe(self, seq: Seq) -> None:
+        """Remove what a sequence has stored that is not finite."""
+
+    # --- calls in ---
+
+    def submit(self, call: Call) -> None:
+        """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
+        if call.task != "generate":
+            raise BadRequest(
+                f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model"
+            )
+        if call.id in self._calls:
+            raise BadRequest("A call with this id is under way.")
+        self._check(call.sampling)
+        prompts = [Prompt(self._tokens(entry)) for entry in call.inputs]
+        limits = [self._limit(prompt, entry, call.sampling) for prompt, entry in zip(prompts, call.inputs, strict=True)]
+        who = call.caller.key_id or call.caller.address
+        kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)
+        self._calls[call.id] = kept
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            for k in range(call.n):
+                self._line.enter(self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling))
+
+    def _sequence(self, call: _Call, index: int, choice: int, prompt: Prompt, limit: int, sampling: Sampling) -> Seq:
+        runner = self._runner
+        return Seq(
+            call,
+            index,
+            prompt,
+            limit,
+            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=runner.stop_ids, choice=choice),
+            words=Detokenizer(runner.decode, skip=runner.silent_ids, context=prompt.ids),
+            stops=StopStrings(sampling.stop),
+            stop_ids=frozenset() if sampling.ignore_eos else runner.stop_ids,
+        )
+
+    def _check(self, sampling: Sampling) -> None:
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise BadRequest("`max_tokens` must be 1 or more.", param="max_tokens")
+        for token in sampling.logit_bias or ():
+            self._check_token(token, "logit_bias")
+
+    def _check_token(self, token: int, param: str) -> None:
+        if not 0 <= token < self._runner.vocabulary:
+            raise BadRequest(
+                f"Token {token} is not in the model's vocabulary, which has {self._runner.vocabulary} tokens.",
+                param=param,
+            )
+
+    def _tokens(self, entry: str | list[int] | Conversation) -> list[int]:
+        tokenizer = self._runner.tokenizer
+        if isinstance(entry, Conversation):
+            ids = self._chat(entry)
+        elif isinstance(entry, str):
+            ids = tokenizer(entry)["input_ids"]
+            if not ids and tokenizer.bos_token_id is not None:
+                ids = [tokenizer.bos_token_id]
+        else:
+            ids = entry
+            for token in ids:
+                self._check_token(token, "prompt")
+        if not ids:
+            raise BadRequest("The prompt is empty.", param=_param(entry))
+        return list(ids)
+
+    def _chat(self, chat: Conversation) -> list[int]:
+        from jinja2 import TemplateError
+
+        tokenizer = self._runner.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise NoChatTemplate(
+                "This model has no chat template, so it cannot hold a conversation; use /v1/completions.",
+                param="messages",
+            )
+        extra = chat.template_kwargs or {}
+        if taken := sorted(_NOT_FOR_TEMPLATES & extra.keys()):
+            raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                chat.messages, **{"add_generation_prompt": True, **extra}, tokenize=True, return_dict=False
+            )
+        except TemplateError as exc:
+            raise BadRequest(f"The model's chat template refuses these messages: {exc}", param="messages") from exc
+        except Exception as exc:
+            raise BadRequest(
+                "The model's chat template cannot make a prompt of these messages; check their roles and the types of"
+                " their contents.",
+                param="messages",
+            ) from exc
+        return ids
+
+    def _limit(self, prompt: Prompt, entry: Any, sampling: Sampling) -> int:
+        """Tokens that an answer to this prompt may have. Nothing is ever cut to fit."""
+        most, there = self.info.context_length, len(prompt.ids)
+        limit = sampling.max_tokens if sampling.max_tokens is not None else max(1, most - there)
+        if there + limit > most:
+            where = _param(entry)
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {most} tokens. However, you requested {there + limit} tokens"
+                f" ({there} in the {where}, {limit} in the completion). Please reduce the length of the {where} or of"
+                " the completion.",
+                param=where,
+            )
+        return limit
+
+    def cancel(self, call_id: str) -> None:
+        self._forget(call_id)
+
+    # --- the state of things ---
+
+    def busy(self) -> bool:
+        return bool(self._under_way() or self._line)
+
+    def waiting(self) -> int:
+        return sum(not call.begun for call in self._calls.values())
+
+    def close(self) -> None:
+        for call_id in list(self._calls):
+            self._forget(call_id)
+        self._runner.release()
+
+    # --- what every step is made of ---
+
+    def _under_way(self) -> list[Seq]:
+        """Everyone that has a place."""
+        return self._rows
+
+    def _let_in(self, seq: Seq, events: list[Event]) -> None:
+        """The first in line begins, or goes on."""
+        self._line.take(seq)
+        self._admitted += 1
+        seq.order = self._admitted
+        seq.call.begun = True
+        if not seq.prompt.reported:
+            seq.prompt.reported = True
+            events.append((seq.call.id, Chunk(index=seq.index, prompt_tokens=len(seq.prompt.ids))))
+
+    def _was_read(self, seq: Seq, tokens: int) -> None:
+        """So many tokens of what a sequence has are now in the cache. What it had to read again was not its fault."""
+        seq.cached += tokens
+        if not seq.made:
+            self._line.charge(seq.key, tokens)
+
+    def _send_back(self, seq: Seq) -> None:
+        """One that is under way waits again."""
+        self._leave(seq)
+        seq.cached = 0
+        self._line.again(seq)
+
+    def _last(self, seqs: Iterable[Seq]) -> Seq:
+        """Who is the first to give its place up: of the lowest priority, of the key with most under way, the newest."""
+        seqs = list(seqs)
+        share = Counter(s.key for s in seqs)
+        return min(seqs, key=lambda s: (s.priority, -share[s.key], -s.order))
+
+    def _yielding(self, seq: Seq) -> Seq | None:
+        """Who under way gives its place to one that waits, where there is no other."""
+        if not self._rows:
+            return None
+        other = self._last(self._rows)
+        if other.priority != seq.priority:
+            return other if other.priority < seq.priority else None
+        share = Counter(s.key for s in self._under_way())
+        # Equal shares are left alone, and so is who has had less, or the two would change places for ever.
+        over = share[other.key] > share[seq.key] + 1 and self._line.had(other.key) >= self._line.had(seq.key)
+        return other if over else None
+
+    def _choose(self, logits: torch.Tensor, seqs: Sequence[Seq]) -> list[int]:
+        tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
+        return tokens
+
+    def _attempt(self, work: Callable[[], T], seqs: Sequence[Seq], events: list[Event]) -> T | None:
+        """Do work on the device; where it fails, give up no more calls than needed, and return None.
+
+        What a next attempt relies on changes only after the work.
+        """
+        try:
+            return work()
+        except Exception as exc:
+            if self._runner.is_lost(exc):
+                raise
+            if self._runner.is_out_of_memory(exc):
+                newest = max(seqs, key=lambda s: s.order)
+                self._fail([newest], DoesNotFit("The device ran out of memory; try again, or with less."), events)
+                self._runner.trim()
+            else:
+                log.exception("a forward pass failed")
+                self._fail(seqs, EngineFault("The model failed on this request."), events)
+            return None
+
+    def _advance(self, seqs: Sequence[Seq], tokens: Sequence[int], events: list[Event]) -> None:
+        """Let each sequence take its token, and let go those that are done."""
+        for seq, token in zip(seqs, tokens, strict=True):
+            call = seq.call
+            if call.id not in self._calls:
+                continue  # another of its sequences has just failed
+            if token < 0:
+                self._wipe(seq)
+                self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
+                continue
+            try:
+                chunk = seq.take(token)
+            except Exception:
+                log.exception("a token could not become text")
+                self._fail([seq], EngineFault("The model's output could not become text."), events)
+                continue
+            events.append((call.id, chunk))
+            self._line.charge(seq.key, 1)
+            if chunk.finish_reason:
+                self._leave(seq)
+                self._line.leave(seq)
+                call.unfinished -= 1
+                if not call.unfinished:
+                    del self._calls[call.id]
+                    events.append((call.id, None))
+
+    def _fail(self, seqs: Iterable[Seq], error: HfmsError, events: list[Event]) -> None:
+        for call_id in dict.fromkeys(s.call.id for s in seqs):
+            self._forget(call_id)
+            events.append((call_id, error))
+
+    def _forget(self, call_id: str) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is None:
+            return
+        for seq in [s for s in self._line if s.call is call]:
+            self._line.leave(seq)
+        for seq in [s for s in self._under_way() if s.call is call]:
+            self._leave(seq)
+            self._line.leave(seq)
+
+
+def _param(entry: str | list[int] | Conversation) -> str:
+    return "messages" if isinstance(entry, Conversation) else "prompt"
