@@ -62,8 +62,18 @@ class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     key_id: str | None = None
     """None: anonymous."""
+    name: str = ""
+    """For people; two keys may have the same, and none means anything."""
     admin: bool = False
     address: str = ""
+    priority: int = 1
+    """The highest that a call may ask for: 0 low, 1 normal, 2 high, 3 critical."""
+    requests_per_minute: int | None = None
+    """None, here and below: what the server allows to everybody."""
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    allowed_models: tuple[str, ...] = ()
+    """Globs over names of models; empty: every model."""
 
 
 class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
