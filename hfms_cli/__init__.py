@@ -1,6 +1,9 @@
 """hfms, the Hugging Face model server. What is named here is the public API for plugins; nothing else is."""
 
-from hfms_cli.config import Config
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hfms_cli.config import Config, load_config
 from hfms_cli.errors import (
     BadRequest,
     ConfigError,
@@ -54,13 +57,40 @@ from hfms_cli.types import (
 )
 from hfms_cli.version import __version__
 
+if TYPE_CHECKING:
+    from hfms_cli.cli.client import Client, admin_key, local_url
+    from hfms_cli.cli.options import AsJson, ConfigFile, ServerUrl
+    from hfms_cli.cli.output import print_json, print_table, printable
+    from hfms_cli.web.body import parse, parse_fields
+    from hfms_cli.web.context import caller_of, require_admin, respond
+
+# What only verbs and routes need is imported when it is asked for: typer and aiohttp take long.
+_LATER = {
+    "hfms_cli.cli.client": ("Client", "admin_key", "local_url"),
+    "hfms_cli.cli.options": ("AsJson", "ConfigFile", "ServerUrl"),
+    "hfms_cli.cli.output": ("print_json", "print_table", "printable"),
+    "hfms_cli.web.body": ("parse", "parse_fields"),
+    "hfms_cli.web.context": ("caller_of", "require_admin", "respond"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "AsJson",
     "BadRequest",
     "Call",
     "Caller",
     "Chunk",
+    "Client",
     "Config",
     "ConfigError",
+    "ConfigFile",
     "Conflict",
     "ContextLengthExceeded",
     "Conversation",
@@ -93,6 +123,7 @@ __all__ = [
     "Progress",
     "Provider",
     "Sampling",
+    "ServerUrl",
     "Storage",
     "Task",
     "Unauthorized",
@@ -100,6 +131,17 @@ __all__ = [
     "UnsafeFormat",
     "VerifyFailed",
     "__version__",
+    "admin_key",
+    "caller_of",
     "hookimpl",
+    "load_config",
+    "local_url",
+    "parse",
+    "parse_fields",
+    "print_json",
+    "print_table",
+    "printable",
+    "require_admin",
+    "respond",
     "setting",
 ]

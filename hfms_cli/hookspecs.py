@@ -21,6 +21,7 @@ from hfms_cli.types import Call, Caller, Chunk, Device, LoadedInfo, Manifest, Mo
 if TYPE_CHECKING:
     import typer
     from aiohttp import web
+    from prometheus_client import CollectorRegistry
 
     from hfms_cli.errors import HfmsError
 
@@ -44,12 +45,14 @@ class Provider(Generic[T]):
 
     create: takes an instance of `options` where there are any, else nothing; called once, and only if in use.
     options: a frozen dataclass whose fields are made by `hfms_cli.setting`; read from `[<kind>.<name>]`.
+    commands: adds verbs to the command line; called only where the operator's order lists the record.
     """
 
     name: str
     create: Callable[..., T]
     options: type[Any] = NoOptions
     summary: str = ""
+    commands: Callable[[typer.Typer], None] | None = None
 
 
 class Storage(Protocol):
@@ -198,6 +201,15 @@ class Middleware:
     def status(self) -> dict[str, Any]:
         """This middleware's section of `/status`."""
         return {}
+
+    def routes(self, app: web.Application) -> None:
+        """Add routes that come and go with this middleware; they stand behind it as all others do."""
+
+    def metrics(self, registry: CollectorRegistry) -> None:
+        """Add series to `/metrics`. Called once, at start."""
+
+    async def close(self) -> None:
+        """The server ends: let go of what you hold."""
 
 
 class Hooks:

@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from hfms_cli.config import Config
 from hfms_cli.errors import PluginError, StartupError, close_matches
 from hfms_cli.hookspecs import KINDS, Hooks, NoOptions, Provider
+
+if TYPE_CHECKING:
+    import typer
 
 GROUP = "hfms"
 
@@ -150,6 +153,19 @@ class Plugins:
             except (Exception, SystemExit) as exc:
                 info = next(i for i in self.infos if f"{i.package}:{i.name}" == impl.plugin_name)
                 info.error = f"{hook}: {_reason(exc)}"
+
+    def add_commands(self, app: typer.Typer, config: Config) -> None:
+        """Add the verbs of plugins, and those of records that are in use; what raises is noted and left out."""
+        self.call("hfms_commands", app)
+        for kind in KINDS:
+            for name in config.order(kind):
+                for record, info in self._records.get((kind, name), []):
+                    if record.commands is None:
+                        continue
+                    try:
+                        record.commands(app)
+                    except (Exception, SystemExit) as exc:
+                        info.error = f"{kind} `{name}`: {_reason(exc)}"
 
 
 def discover(config: Config, found: list[EntryPoint] | None = None) -> Plugins:

@@ -5,6 +5,7 @@ Everything here is a msgspec Struct, so that it can cross the wire to an engine'
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -74,6 +75,10 @@ class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_day: int | None = None
     allowed_models: tuple[str, ...] = ()
     """Globs over names of models; empty: every model."""
+
+    def may_use(self, *names: str) -> bool:
+        """Whether any of a model's names is allowed: its id, and the alias that it was asked for by."""
+        return not self.allowed_models or any(fnmatchcase(n, glob) for n in names for glob in self.allowed_models)
 
 
 class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -301,3 +301,18 @@ def test_command_hooks_are_each_called_and_one_that_raises_is_noted(shelf):
     assert sorted(seen) == ["bad", "good"]
     assert error_of(plugins, "bad") == "hfms_commands: ZeroDivisionError: division by zero"
     assert next(i.error for i in plugins.infos if i.name == "good") is None
+
+
+def test_verbs_of_a_record_are_there_only_where_the_order_lists_it(shelf):
+    shelf.install(
+        "roller",
+        "from hfms_cli import Middleware, Provider, hookimpl\n@hookimpl\ndef hfms_middlewares():\n"
+        "    yield Provider('roller', Middleware, commands=lambda app: app.append('roll'))\n"
+        "    yield Provider('broken', Middleware, commands=lambda app: 1 / 0)",
+    )
+    plugins, seen = shelf.discover(), []
+    plugins.add_commands(seen, Config(middleware=MiddlewareConfig([])))
+    assert (seen, error_of(plugins, "roller")) == ([], None)
+    plugins.add_commands(seen, Config(middleware=MiddlewareConfig(["roller", "broken"])))
+    assert seen == ["roll"]
+    assert error_of(plugins, "roller") == "middleware `broken`: ZeroDivisionError: division by zero"

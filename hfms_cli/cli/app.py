@@ -45,7 +45,8 @@ class Verbs(typer.core.TyperGroup):
 def plugin_verbs() -> dict[str, Any]:
     """Verbs that the plugins of the default configuration bring. Raises ConfigError."""
     brought = typer.Typer()
-    discover(load_config()).call("hfms_commands", brought)
+    config = load_config()
+    discover(config).add_commands(brought, config)
     return dict(typer.main.get_group(brought).commands)
 
 

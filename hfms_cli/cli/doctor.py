@@ -115,7 +115,7 @@ def check_extras(version_of: Callable[[str], str | None] = installed_version) ->
 
 def check_plugins(plugins: Plugins, config: Config) -> Iterator[Finding]:
     """Plugins that failed, and what the configuration asks of plugins and cannot get."""
-    plugins.call("hfms_commands", typer.Typer())
+    plugins.add_commands(typer.Typer(), config)
     for info in plugins.infos:
         who = f"{info.name} ({info.package} {info.version})"
         if not info.enabled:

@@ -24,7 +24,7 @@ def list_plugins(config: ConfigFile = None, as_json: AsJson = False) -> None:
     """List every plugin: package, version, what it provides, whether it is in use, and why it failed."""
     settings = load_config(config)
     found = discover(settings)
-    found.call("hfms_commands", typer.Typer())  # for show: a plugin whose verb cannot be added is to say so
+    found.add_commands(typer.Typer(), settings)  # for show: a plugin whose verb cannot be added is to say so
     rows = [describe(info, settings) for info in found.infos]
     if as_json:
         print_json(rows)

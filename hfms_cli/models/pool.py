@@ -113,6 +113,11 @@ class Pool:
                 return model
         return None
 
+    def known_as(self, name: str) -> list[str]:
+        """The name, what its alias stands for, and the id of the model where it is in the pool."""
+        model = self.find(name)
+        return [name, self._aliases.get(name, name), *([model.id] if model else [])]
+
     def names(self) -> list[str]:
         """Every name that `find` takes."""
         return [n for m in self._models.values() for n in (m.id, *sorted(m.aliases))] + list(self._aliases)
@@ -120,9 +125,12 @@ class Pool:
     # Calls.
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[ServedModel]:
-        """A loaded model that is not unloaded while the block runs. Raises ModelNotFound, Unavailable."""
-        model = self.find(name) or await self._load_from_disk(name)
+    async def lease(self, name: str, may_see: Callable[[str], bool] = lambda name: True) -> AsyncIterator[ServedModel]:
+        """A loaded model that is not unloaded while the block runs.
+
+        may_see: which names an error may suggest. Raises ModelNotFound, Unavailable.
+        """
+        model = self.find(name) or await self._load_from_disk(name, may_see)
         model.host_now()
         model.leases += 1
         model.idle.clear()
@@ -133,14 +141,14 @@ class Pool:
             if not model.leases:
                 model.idle.set()
 
-    async def _load_from_disk(self, name: str) -> ServedModel:
+    async def _load_from_disk(self, name: str, may_see: Callable[[str], bool]) -> ServedModel:
         """Load a model that is on this disk already: a caller's word alone fetches nothing."""
         if self._load_on_request:
             with contextlib.suppress(BadRequest):
                 wanted = names.parse(self._aliases.get(name, name))
                 if wanted.scheme != "path" and await self.loader.router.has(wanted):
                     return await self.load(str(wanted))
-        raise ModelNotFound.named(name, self.names())
+        raise ModelNotFound.named(name, filter(may_see, self.names()))
 
     # Loads.
 

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hfms_cli.errors import BadRequest, HfmsError
+from hfms_cli.errors import BadRequest, Forbidden, HfmsError
 from hfms_cli.hookspecs import Middleware, Proceed
 from hfms_cli.models.pool import Pool, ServedModel
 from hfms_cli.telemetry.metrics import Metrics
@@ -39,7 +39,8 @@ class Road:
 
     async def answer(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine."""
-        async with self._pool.lease(call.model) as model, AsyncExitStack() as opened:
+        self._refuse_forbidden(call)
+        async with self._pool.lease(call.model, call.caller.may_use) as model, AsyncExitStack() as opened:
             self._refuse_unfit(call, model)
             chunks = self._chain(model, opened)(call)
             with self._metrics.call(model.id, self._clock) as measure:
@@ -70,6 +71,11 @@ class Road:
         except Exception:
             self._metrics.plugin_errors.labels(middleware.name).inc()
             raise
+
+    def _refuse_forbidden(self, call: Call) -> None:
+        """Before anything is loaded; the same answer whether or not there is such a model."""
+        if not call.caller.may_use(*self._pool.known_as(call.model)):
+            raise Forbidden(f"This key may not use the model `{call.model}`.", param="model", code="model_not_allowed")
 
     @staticmethod
     def _refuse_unfit(call: Call, model: ServedModel) -> None:

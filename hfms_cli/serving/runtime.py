@@ -47,6 +47,8 @@ class Runtime:
         warnings = [w for m in middlewares for w in m.check(config)]
         warnings += _refuse_open_door(config, any(m.guards() for m in middlewares))
         metrics = Metrics()
+        for middleware in middlewares:
+            middleware.metrics(metrics.registry)
         hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
         storages = [plugins.create("storage", n, config) for n in config.storage.order]
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
@@ -132,6 +134,8 @@ class Runtime:
 
     async def close(self) -> None:
         await self.pool.close()
+        for middleware in self.middlewares:
+            await middleware.close()
 
 
 def _refuse_open_door(config: Config, guarded: bool) -> list[str]:

@@ -39,6 +39,8 @@ def build_app(runtime: Runtime) -> web.Application:
         app.add_routes(module.routes)
     if runtime.config.server.metrics:
         app.router.add_get("/metrics", status.metrics)
+    for middleware in runtime.middlewares:
+        middleware.routes(app)
     runtime.plugins.call("hfms_routes", app)
     app.on_response_prepare.append(_add_request_id)
     return app

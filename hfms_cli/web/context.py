@@ -34,7 +34,7 @@ def log_of(request: web.Request) -> dict[str, Any]:
 def caller_of(request: web.Request) -> Caller:
     """Who calls: as the authenticating middleware says, else an anonymous caller with an address."""
     caller: Caller = request.get(caller_key(), Caller())
-    return Caller(key_id=caller.key_id, admin=caller.admin, address=request.remote or "")
+    return msgspec.structs.replace(caller, address=request.remote or "")
 
 
 def require_admin(request: web.Request) -> None:

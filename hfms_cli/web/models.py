@@ -10,16 +10,17 @@ from hfms_cli.errors import BadRequest, Forbidden
 from hfms_cli.models import names
 from hfms_cli.models.loader import Wish
 from hfms_cli.models.pool import describe
-from hfms_cli.web.context import RUNTIME, log_of, require_admin, respond
-from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest, parse
+from hfms_cli.web.body import parse
+from hfms_cli.web.context import RUNTIME, caller_of, log_of, require_admin, respond
+from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest
 
 routes = web.RouteTableDef()
 
 
 @routes.get("/models")
 async def list_states(request: web.Request) -> web.StreamResponse:
-    """Every model of the pool, and those on disk as `unloaded`."""
-    runtime = request.app[RUNTIME]
+    """Every model of the pool that the caller may use, and those on disk as `unloaded`."""
+    runtime, caller = request.app[RUNTIME], caller_of(request)
     rows = [describe(m) for m in runtime.pool.models()]
     seen = {row["id"] for row in rows}
     rows += [
@@ -34,7 +35,7 @@ async def list_states(request: web.Request) -> web.StreamResponse:
         for manifest in await runtime.router.list()
         if (model_id := names.served_id(manifest.name)) not in seen
     ]
-    return respond({"object": "list", "data": rows})
+    return respond({"object": "list", "data": [r for r in rows if caller.may_use(r["id"], *r["aliases"])]})
 
 
 @routes.post("/models/load")

@@ -18,8 +18,9 @@ from aiohttp import web
 from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
 from hfms_cli.types import Call, Chunk
+from hfms_cli.web.body import parse
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, caller_of, log_of, respond
-from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, parse
+from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions
 from hfms_cli.web.sse import EventStream
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ async def show_model(request: web.Request) -> web.StreamResponse:
 
 
 async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
-    """What a call may name: models of the pool by id and alias, then what is on disk and loads when asked for."""
-    runtime = request.app[RUNTIME]
+    """What a caller may name: models of the pool by id and alias, then what is on disk and loads when asked for."""
+    runtime, caller = request.app[RUNTIME], caller_of(request)
     found: dict[str, dict[str, Any]] = {}
 
     def add(name: str, created: int, root: str, length: int = 0) -> None:
@@ -101,7 +102,7 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
     for alias, target in runtime.config.models.aliases.items():
         if target in found:
             add(alias, found[target]["created"], target)
-    return found
+    return {name: row for name, row in found.items() if caller.may_use(name, row["root"])}
 
 
 # Generation, the same for both shapes.

@@ -5,10 +5,8 @@ msgspec checks types strictly while it parses (`"stream": 0` is no boolean), so 
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
@@ -291,28 +289,3 @@ def _refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
         value = getattr(request, name)
         if not any(value == a and type(value) is type(a) for a in accepted):
             raise BadRequest(f"`{name}` is not supported yet.", param=name, code="unsupported_parameter")
-
-
-T = TypeVar("T")
-_AT = re.compile(r" - at `\$\.?([^`]*)`$")
-_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]*)`")
-
-
-def parse(kind: type[T], body: bytes) -> T:
-    """The body as `kind`. Raises BadRequest, naming the field as OpenAI does (`messages[0].role`)."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as exc:
-        text = str(exc)
-        at = _AT.search(text)
-        path = at[1].replace("[...]", "") if at else ""
-        message = _AT.sub("", text)
-        if unknown := _UNKNOWN.match(message):
-            path = f"{path}.{unknown[1]}" if path else unknown[1]
-            raise BadRequest(f"Unsupported parameter: `{path}`.", param=path, code="unsupported_parameter") from None
-        if missing := re.match(r"^Object missing required field `([^`]*)`", message):
-            path = f"{path}.{missing[1]}" if path else missing[1]
-            raise BadRequest(f"Missing required parameter: `{path}`.", param=path, code="missing_parameter") from None
-        raise BadRequest(f"Invalid value for `{path or 'the body'}`: {message}.", param=path or None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise BadRequest(f"The body is not valid JSON: {exc}.", code="invalid_json") from None
