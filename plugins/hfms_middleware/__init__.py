@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from hfms_cli import Middleware, Provider, hookimpl
-from hfms_middleware.auth import Auth, AuthOptions
+from hfms_middleware.auth.options import AuthOptions
+
+if TYPE_CHECKING:
+    import typer
 
 
 @hookimpl
 def hfms_middlewares() -> Iterator[Provider[Middleware]]:
-    yield Provider("auth", Auth, AuthOptions, summary="Keys: who may call, and who may administer.")
+    yield Provider(
+        "auth", _auth, AuthOptions, summary="Keys: who may call, and who may administer.", commands=_key_verbs
+    )
+
+
+# What only a server or a verb needs is imported for it.
+
+
+def _auth(options: AuthOptions) -> Middleware:
+    from hfms_middleware.auth.middleware import Auth
+
+    return Auth(options)
+
+
+def _key_verbs(app: typer.Typer) -> None:
+    from hfms_middleware.auth.commands import keys
+
+    app.add_typer(keys, name="keys")
