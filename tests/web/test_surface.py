@@ -312,7 +312,7 @@ async def test_health_ready_status_and_metrics_tell_the_truth(serve):
         assert status["ready"] is True
         assert [m["status"]["value"] for m in status["models"]] == ["loaded"]
         assert {h["name"] for h in status["hardware"]} >= {"cpu", "cuda"}
-        assert status["middleware"]["auth"] == {"keys": 0, "required": False}
+        assert status["middleware"]["auth"]["required"] is False
         async with server.session.get(server.url + "/metrics") as response:
             text = await response.text()
     assert 'hfms_requests_total{endpoint="/v1/chat/completions",model="echo:a",status="200"} 1.0' in text

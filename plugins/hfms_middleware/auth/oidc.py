@@ -7,6 +7,7 @@ public keys, so neither `none` nor a signature made with a public key as if it w
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ KEYS_SECONDS = 300.0
 AGAIN_SECONDS = 10.0
 """A token with an unknown key id lets them be fetched sooner, but no sooner than this: anybody can send one."""
 LONGEST_ANSWER = 2**20
+NO_MODEL = "\0"
+"""A glob that matches no name: none holds control characters."""
 
 
 def looks_like_token(text: str) -> bool:
@@ -90,21 +93,23 @@ class Oidc:
     def _as_caller(self, claims: Mapping[str, Any]) -> Caller:
         fields: dict[str, Any] = {}
         for field, claim in self._options.oidc_claims.items():
-            path, holds, wanted = claim.partition("=")
+            path, _, wanted = claim.partition("=")
             value = _claim(claims, path)
             if field == "admin":
-                values = value if isinstance(value, list) else [value]
-                fields["admin"] = bool(holds) and any(isinstance(v, str | bool) and _text(v) == wanted for v in values)
-            elif field == "allowed_models" and not isinstance(value, list):
-                # A token without the claim permits nothing: an empty list would be "every model".
-                fields[field] = [str(value)] if value else ["!none"]
+                fields["admin"] = wanted in [_text(v) for v in _listed(value)]
+            elif field == "allowed_models":
+                fields[field] = _listed(value)
             elif value is not None:
-                fields[field] = value or ["!none"] if field == "allowed_models" else value
-        subject = str(claims["sub"])
+                fields[field] = value
+        subject = claims["sub"]
+        if not subject:
+            raise BadKey("token", "The token is not valid here.")
         try:
             policy = parse_fields(KeyRequest, {"name": subject[:100], **fields}).policy(self._now())
         except BadRequest:
             raise BadKey("token", "The token's claims are not such as this server expects.") from None
+        # Where the claim is to say which models, a token without it permits none: empty would be "every model".
+        nothing = (NO_MODEL,) if "allowed_models" in self._options.oidc_claims else ()
         return Caller(
             key_id=f"oidc:{subject[:200]}",
             name=policy.name,
@@ -113,7 +118,7 @@ class Oidc:
             requests_per_minute=policy.requests_per_minute,
             tokens_per_minute=policy.tokens_per_minute,
             tokens_per_day=policy.tokens_per_day,
-            allowed_models=policy.allowed_models,
+            allowed_models=policy.allowed_models or nothing,
         )
 
     async def _key(self, kid: Any) -> jwt.PyJWK:
@@ -198,5 +203,11 @@ def _claim(claims: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _text(value: str | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else value
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)

@@ -31,7 +31,7 @@ class Throttle:
         self._failures[who] = (count, now)
         if len(self._failures) > REMEMBERED:
             self._failures.popitem(last=False)
-        excess = int(count) - FREE_FAILURES
+        excess = round(count) - FREE_FAILURES
         return min(LONGEST_WAIT, FIRST_WAIT * 2 ** (excess - 1)) if excess > 0 else 0.0
 
     def __len__(self) -> int:
