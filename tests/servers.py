@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -35,9 +36,8 @@ def redis_server() -> Iterator[str]:
         pytest.skip("redis-server is not on this machine")
     port = free_port()
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with tempfile.TemporaryDirectory(prefix="hfms-redis-") as folder:
-        with _running([*command, "--dir", folder], port):
-            yield f"redis://127.0.0.1:{port}/0"
+    with tempfile.TemporaryDirectory(prefix="hfms-redis-") as folder, _running([*command, "--dir", folder], port):
+        yield f"redis://127.0.0.1:{port}/0"
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _running(command: list[str], port: int, user: str | None = None) -> Iterator
             time.sleep(0.02)
         yield
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # PostgreSQL takes SIGTERM for "when the last client has gone"
         process.wait(30)
 
 

@@ -144,8 +144,8 @@ def _refuse_open_door(config: Config, guarded: bool) -> list[str]:
         return []
     if not config.server.insecure:
         raise ConfigError(
-            f"no key is configured, so hfms does not listen on {config.server.host}: set HFMS_API_KEY or "
-            "HFMS_ADMIN_API_KEY, or allow it with --insecure ([server] insecure = true)",
+            f"no key is configured, so hfms does not listen on {config.server.host}: make one with `hfms keys create "
+            "--admin`, set HFMS_API_KEY or HFMS_ADMIN_API_KEY, or allow it with --insecure ([server] insecure = true)",
             param="host",
         )
     return [f"anybody who reaches {config.server.host} can use every model: no key is configured"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from hfms_cli import Unauthorized
-from hfms_middleware.auth.keys import Secret, StoredKey
+from hfms_middleware.auth.keys import Secret, StoredKey, read_secret
 from hfms_middleware.auth.store import KeyStore, StoreUnavailable
 
 FRESH_SECONDS = 0.5
@@ -118,6 +118,11 @@ class Keyring:
                 raise BadKey("expired", "This API key has expired.")
         self._note_use(key.id, now)
         return key
+
+    def knows(self, text: str) -> bool:
+        """Whether a text is written like a key, with an id that the store had when it was last asked."""
+        secret = read_secret(text)
+        return secret is not None and secret.id in self._keys
 
     def states(self) -> Counter[str]:
         """How many keys are active, expired and revoked."""

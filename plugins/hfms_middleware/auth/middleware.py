@@ -44,14 +44,7 @@ class Auth(Middleware):
 
     def __init__(self, options: AuthOptions, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._options = options
-        self._static = [
-            (sha256(key.encode()).digest(), Caller(key_id=name, admin=admin, priority=priority))
-            for key, name, admin, priority in (
-                (options.admin_api_key, "admin_api_key", True, 3),
-                (options.api_key, "api_key", False, 1),
-            )
-            if key
-        ]
+        self._static: list[tuple[bytes, Caller]] = []
         self._open = OPEN_PATHS | ({"/metrics"} if options.open_metrics else set())
         self._now = NeverBack()
         self._oidc: Oidc | None = None
@@ -70,6 +63,7 @@ class Auth(Middleware):
         self.keyring.load()
         if trouble := self.keyring.trouble:
             raise ConfigError(f"the key store cannot be opened: {trouble}", param="store")
+        self._static = list(self._keys_of_configuration())
         if self._options.oidc_issuer:
             from hfms_middleware.auth.oidc import Oidc
 
@@ -80,6 +74,15 @@ class Auth(Middleware):
                 "or HFMS_ADMIN_API_KEY"
             )
         return list(self._weak_keys(config))
+
+    def _keys_of_configuration(self) -> Iterable[tuple[bytes, Caller]]:
+        for key, name, admin, priority in (
+            (self._options.admin_api_key, "admin_api_key", True, 3),
+            (self._options.api_key, "api_key", False, 1),
+        ):
+            # HFMS_ADMIN_API_KEY is also what verbs send. A key of the store stays one: it can be revoked.
+            if key and not self.keyring.knows(key):
+                yield sha256(key.encode()).digest(), Caller(key_id=name, admin=admin, priority=priority)
 
     def _weak_keys(self, config: Config) -> Iterable[str]:
         for name in ("api_key", "admin_api_key"):

@@ -38,6 +38,5 @@ class AuthOptions:
     oidc_leeway_seconds: int = setting(30, "How far its clock may be from ours.", ge=0, le=600)
     oidc_claims: dict[str, str] = setting(
         dict,
-        'What a token\'s claims permit: admin = "roles=hfms-admin" (a claim that is or holds a value); priority, '
-        "rate_limit, token_limit, daily_token_limit, allowed_models = the claim with the value.",
+        'What claims permit: admin = "claim=value it is or holds"; priority, rate_limit, ... = "claim".',
     )

@@ -159,9 +159,9 @@ async def test_only_an_administrators_key_administers_keys(serve):
     async with serve(env=ENV) as server:
         _, made = await server.post(GENERATE, {"name": "admin"}, **AS_ADMIN)
         user = {"headers": bearer(made["api_key"])}
-        path = f"/admin/keys/{made['key_id']}"
-        asked = (("POST", GENERATE), ("GET", "/admin/keys/list"), ("GET", path), ("POST", f"{path}/revoke"))
-        for method, path in (*asked, ("POST", f"{path}/rotate")):
+        own = f"/admin/keys/{made['key_id']}"
+        asked = (("POST", GENERATE), ("GET", "/admin/keys/list"), ("GET", own), ("POST", f"{own}/revoke"))
+        for method, path in (*asked, ("POST", f"{own}/rotate")):
             status, body = await server.request(method, path, **user)
             assert (status, body["error"]["code"]) == (403, "not_admin")
         assert (await server.get("/v1/models", **user))[0] == 200

@@ -132,7 +132,9 @@ async def test_a_token_without_the_claims_permits_little(oidc, signer):
     assert not caller.may_use("")
 
 
-@pytest.mark.parametrize("roles", ["hfms-admin-not", ["HFMS-ADMIN"], {"hfms-admin": True}, True, None, [["hfms-admin"]]])
+@pytest.mark.parametrize(
+    "roles", ["hfms-admin-not", ["HFMS-ADMIN"], {"hfms-admin": True}, True, None, [["hfms-admin"]]]
+)
 async def test_what_only_resembles_the_admin_claim_is_none(oidc, signer, roles):
     assert not (await oidc.caller(signer.token(realm={"roles": roles}))).admin
 
@@ -143,9 +145,9 @@ async def test_claims_that_are_nonsense_are_refused(oidc, signer):
 
 
 async def test_none_is_no_algorithm(oidc, signer):
-    header, body, _ = signer.token().split(".")
+    _, body, signed = signer.token().split(".")
     for alg in ("none", "None", "NONE", ""):
-        for signature in ("", _):
+        for signature in ("", signed):
             assert await refused(oidc, f"{segment({'alg': alg, 'typ': 'JWT', 'kid': 'one'})}.{body}.{signature}")
 
 
