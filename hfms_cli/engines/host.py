@@ -47,12 +47,12 @@ class HostOptions:
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a worker process.
 
-    It needs no key of ours, and a model's own code could read them there. And it must not spin while it waits for
-    its other threads: where two processes share the cores, as two models or a model and the server do, libgomp's
-    default makes both many times slower, since each spins on a core that the other needs. What the operator has
-    set stays.
+    It needs no key of ours, and no address of a store, which may hold a password: a model's own code could read them
+    there. And it must not spin while it waits for its other threads: where two processes share the cores, as two
+    models or a model and the server do, libgomp's default makes both many times slower, since each spins on a core
+    that the other needs. What the operator has set stays.
     """
-    kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET"))}
+    kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET", "_STORE"))}
     if "GOMP_SPINCOUNT" not in kept:
         kept.setdefault("OMP_WAIT_POLICY", "passive")
     return kept

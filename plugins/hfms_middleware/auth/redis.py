@@ -47,12 +47,18 @@ class RedisStore:
     def __init__(self, url: str) -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as exc:
             raise missing_extra("redis") from exc
         self._url = url
         try:
             self._redis: redis.Redis = redis.Redis.from_url(
-                url, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS, protocol=2
+                url,
+                socket_timeout=TIMEOUT_SECONDS,
+                socket_connect_timeout=TIMEOUT_SECONDS,
+                protocol=2,
+                retry=Retry(NoBackoff(), 1),  # once more where an idle connection was cut; its own waits for seconds
             )
         except ValueError as exc:
             raise ConfigError(f"[middleware.auth] store: {without_password(str(exc), url)}", param="store") from exc
