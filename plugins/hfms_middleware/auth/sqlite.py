@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class SqliteStore(SqlStore):
     def last_used(self) -> dict[str, float]:
         return super().last_used() if self._exists() else {}
 
-    def update(self, key_id, change):  # type: ignore[no-untyped-def]
+    def update(self, key_id: str, change: Callable[[StoredKey], StoredKey]) -> StoredKey:
         if not self._exists():
             raise no_such_key(key_id)
         return super().update(key_id, change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,18 +33,14 @@ def held(asked: KeyRequest) -> None:
 
 @given(st.dictionaries(st.sampled_from(FIELDS), values))
 def test_whatever_is_asked_is_within_bounds_or_a_400(fields):
-    try:
+    with suppress(BadRequest):
         held(parse(KeyRequest, json.dumps(fields).encode()))
-    except BadRequest as exc:
-        assert exc.status == 400
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), st.text() | st.integers().map(str) | st.floats().map(str)))
 def test_whatever_a_form_asks_is_within_bounds_or_a_400(fields):
-    try:
+    with suppress(BadRequest):
         held(parse_fields(KeyRequest, fields))
-    except BadRequest as exc:
-        assert exc.status == 400
 
 
 def test_a_worker_sees_neither_keys_nor_their_store():
