@@ -120,19 +120,12 @@ class Auth(Middleware):
 
     async def _caller(self, request: web.Request) -> Caller | None:
         """Who sent the request; None where there is no key at all. Raises Unauthorized, Overloaded, Unavailable."""
-        try:
-            token = _token(request)
-            if token and (caller := self._of_configuration(token)):
-                return caller  # also while the store is away
-            await self.keyring.refresh()
+        if not self.guards():
+            await self.keyring.refresh()  # the first key may just have been made
             if not self.guards():
                 return None
-            if token is None:
-                raise BadKey(
-                    "missing",
-                    "You didn't provide an API key. Send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
-                )
-            return await self._of_token(token)
+        try:
+            return await self._of_token(_token(request))
         except BadKey as exc:
             self._failures[exc.reason] += 1
             if exc.reason != "missing":
@@ -145,7 +138,14 @@ class Auth(Middleware):
         found = [caller for known, caller in self._static if hmac.compare_digest(known, digest)]
         return found[0] if found else None
 
-    async def _of_token(self, token: str) -> Caller:
+    async def _of_token(self, token: str | None) -> Caller:
+        if token is None:
+            raise BadKey(
+                "missing", "You didn't provide an API key. Send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+            )
+        if caller := self._of_configuration(token):
+            return caller  # also while the store is away
+        await self.keyring.refresh()
         if (secret := read_secret(token)) is not None:
             return self.keyring.check(secret).caller()
         if self._oidc is not None:
