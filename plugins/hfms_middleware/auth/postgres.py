@@ -16,7 +16,7 @@ _MIGRATION_LOCK = 0x68666D73  # "hfms"; any number that nobody else takes
 
 
 class PostgresStore(SqlStore):
-    """One connection, made anew when it broke. Writers wait for each other on the row that holds the revision."""
+    """Connections are made anew when they broke. Writers wait for each other on the row that holds the revision."""
 
     kind = "postgresql"
 
@@ -27,43 +27,46 @@ class PostgresStore(SqlStore):
             raise missing_extra("postgres") from exc
         super().__init__(self._begin, psycopg.errors.UniqueViolation)
         self._url = url
-        self._connection: psycopg.Connection | None = None
+        self._connections: dict[bool, psycopg.Connection] = {}
+        """Whether it writes -> connection."""
 
     def close(self) -> None:
-        with self._lock:
-            self._drop()
+        with self._reading, self._writing:
+            self._drop(False)
+            self._drop(True)
 
-    def _drop(self) -> None:
-        if self._connection is not None:
+    def _drop(self, write: bool) -> None:
+        if connection := self._connections.pop(write, None):
             with suppress(Exception):  # it is broken as likely as not
-                self._connection.close()
-            self._connection = None
+                connection.close()
 
     @contextmanager
-    def _begin(self, *, write: bool) -> Iterator[Execute]:
+    def _begin(self, *, write: bool, durable: bool = True) -> Iterator[Execute]:
         import psycopg
 
         try:
-            connection = self._connected()
+            connection = self._connected(write)
             with connection.transaction():
+                if not durable:
+                    connection.execute("SET LOCAL synchronous_commit = off")
                 yield _execute(connection)
         except psycopg.errors.UniqueViolation:
             raise
         except psycopg.Error as exc:
-            self._drop()
+            self._drop(write)
             raise StoreUnavailable(without_password(str(exc), self._url)) from exc
 
-    def _connected(self) -> psycopg.Connection:
+    def _connected(self, write: bool) -> psycopg.Connection:
         """A connection that answers: one that was left idle may have been cut meanwhile."""
         import psycopg
 
-        if self._connection is not None:
+        if kept := self._connections.get(write):
             try:
-                self._connection.execute("SELECT 1")
+                kept.execute("SELECT 1")
             except psycopg.Error:
-                self._drop()
+                self._drop(write)
             else:
-                return self._connection
+                return kept
         milliseconds = int(TIMEOUT_SECONDS * 1000)
         connection = psycopg.connect(
             self._url,
@@ -80,7 +83,7 @@ class PostgresStore(SqlStore):
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connections[write] = connection
         return connection
 
 

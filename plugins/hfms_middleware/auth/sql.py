@@ -29,9 +29,13 @@ _decode = msgspec.json.Decoder(StoredKey).decode
 
 
 class Transaction(Protocol):
-    """Opens a transaction, and gives what runs a statement in it. `write`: alone among all writers."""
+    """Opens a transaction, and gives what runs a statement in it.
 
-    def __call__(self, *, write: bool) -> AbstractContextManager[Execute]: ...
+    write: alone among all writers, on a connection of its own, so that no reader waits for it.
+    durable: on the disk when it is done; else it may be lost with the machine, but not with the process.
+    """
+
+    def __call__(self, *, write: bool, durable: bool = True) -> AbstractContextManager[Execute]: ...
 
 
 def migrate(execute: Execute, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
@@ -54,16 +58,16 @@ def migrate(execute: Execute, migrations: Sequence[Sequence[str]] = MIGRATIONS) 
 
 
 class SqlStore:
-    """The store's methods over one connection, which one thread uses at a time."""
+    """The store's methods over two connections, each used by one thread at a time."""
 
     def __init__(self, transaction: Transaction, duplicate: type[Exception]) -> None:
-        self._lock = threading.Lock()
+        self._reading, self._writing = threading.Lock(), threading.Lock()
         self._transaction = transaction
         self._duplicate = duplicate
         """What the database raises where an id is taken."""
 
     def changes(self, since: int) -> tuple[int, list[StoredKey]]:
-        with self._lock, self._transaction(write=False) as execute:
+        with self._reading, self._transaction(write=False) as execute:
             # The revision first: what is written between the two statements is told again the next time.
             revision = _revision(execute)
             after = since if revision >= since else -1
@@ -72,14 +76,14 @@ class SqlStore:
 
     def insert(self, key: StoredKey) -> None:
         try:
-            with self._lock, self._transaction(write=True) as execute:
+            with self._writing, self._transaction(write=True) as execute:
                 values = (key.id, _next_revision(execute), _encode(key))
                 execute("INSERT INTO hfms_keys (id, revision, record) VALUES (?, ?, ?)", values)
         except self._duplicate:
             raise key_exists(key.id) from None
 
     def update(self, key_id: str, change: Callable[[StoredKey], StoredKey]) -> StoredKey:
-        with self._lock, self._transaction(write=True) as execute:
+        with self._writing, self._transaction(write=True) as execute:
             revision = _next_revision(execute)  # takes the lock that makes this process the only writer
             rows = list(execute("SELECT record FROM hfms_keys WHERE id = ?", (key_id,)))
             if not rows:
@@ -89,13 +93,13 @@ class SqlStore:
         return key
 
     def touch(self, used: Mapping[str, float]) -> None:
-        with self._lock, self._transaction(write=True) as execute:
+        with self._writing, self._transaction(write=True, durable=False) as execute:
             for key_id, at in sorted(used.items()):  # in one order, so that two servers cannot wait for each other
                 statement = "UPDATE hfms_keys SET used_at = ? WHERE id = ? AND (used_at IS NULL OR used_at < ?)"
                 execute(statement, (at, key_id, at))
 
     def last_used(self) -> dict[str, float]:
-        with self._lock, self._transaction(write=False) as execute:
+        with self._reading, self._transaction(write=False) as execute:
             rows = execute("SELECT id, used_at FROM hfms_keys WHERE used_at IS NOT NULL")
             return {str(row[0]): float(row[1]) for row in rows}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hfms_cli import HfmsError
 from hfms_middleware.auth.keys import StoredKey
-from hfms_middleware.auth.sql import Execute, SqlStore, migrate
+from hfms_middleware.auth.sql import MIGRATIONS, Execute, SqlStore, migrate
 from hfms_middleware.auth.store import StoreUnavailable, no_such_key
 
 BUSY_SECONDS = 10.0
@@ -25,7 +25,8 @@ class SqliteStore(SqlStore):
     def __init__(self, file: Path) -> None:
         super().__init__(self._begin, sqlite3.IntegrityError)
         self._file = file
-        self._connection: sqlite3.Connection | None = None
+        self._connections: dict[bool, sqlite3.Connection] = {}
+        """Whether it writes -> connection."""
 
     def changes(self, since: int) -> tuple[int, list[StoredKey]]:
         return super().changes(since) if self._exists() else (0, [])
@@ -39,18 +40,21 @@ class SqliteStore(SqlStore):
         return super().update(key_id, change)
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+        with self._reading, self._writing:
+            for connection in self._connections.values():
+                connection.close()
+            self._connections.clear()
 
     def _exists(self) -> bool:
-        return self._connection is not None or self._file.exists()
+        return bool(self._connections) or self._file.exists()
 
     @contextmanager
-    def _begin(self, *, write: bool) -> Iterator[Execute]:
+    def _begin(self, *, write: bool, durable: bool = True) -> Iterator[Execute]:
         try:
-            connection = self._connection = self._connection or self._connect()
+            if write not in self._connections:
+                self._connections[write] = self._connect()
+            connection = self._connections[write]
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
                 yield connection.execute
@@ -73,10 +77,20 @@ class SqliteStore(SqlStore):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            migrate(connection.execute)
-            connection.execute("COMMIT")
+            if not _is_current(connection):
+                connection.execute("BEGIN IMMEDIATE")
+                migrate(connection.execute)
+                connection.execute("COMMIT")
         except (sqlite3.Error, HfmsError):
             connection.close()
             raise
         return connection
+
+
+def _is_current(connection: sqlite3.Connection) -> bool:
+    """Whether there is nothing to migrate: then a new reader need not wait for a writer."""
+    try:
+        found = connection.execute("SELECT version FROM hfms_keys_schema").fetchone()
+    except sqlite3.OperationalError:  # no such table
+        return False
+    return bool(found == (len(MIGRATIONS),))

@@ -153,6 +153,29 @@ def test_a_key_outlives_the_process_that_made_it(store_url, opened, tmp_path):
     assert [key.id for key in opened().changes(0)[1]] == [done.stdout.strip()]
 
 
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+def test_no_reader_waits_for_a_writer(opened):
+    """Another server's long write must not keep this one from hearing of a revocation; nor must its own."""
+    here, there, key = opened(), opened(), a_key()
+    here.insert(key)
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slowly(key):
+        writing.set()
+        assert go_on.wait(30)
+        return key
+
+    thread = threading.Thread(target=lambda: here.update(key.id, slowly))
+    thread.start()
+    try:
+        assert writing.wait(30)
+        assert here.changes(0) == there.changes(0) == (1, [key])
+    finally:
+        go_on.set()
+        thread.join()
+    assert here.changes(1) == (2, [key])
+
+
 # Servers that are away, and what must not be said of them.
 
 
@@ -272,7 +295,7 @@ def test_sqlites_file_is_made_by_the_first_key_and_read_by_nobody_else(tmp_path)
 def test_sqlite_syncs_every_transaction_to_the_disk(tmp_path):
     store = open_store("", tmp_path)
     store.insert(a_key())
-    pragma = store._connection.execute
+    pragma = store._connections[True].execute
     assert pragma("PRAGMA journal_mode").fetchone() == ("wal",)
     assert pragma("PRAGMA synchronous").fetchone() == (2,)
     store.close()
