@@ -10,6 +10,7 @@ from hfms_cli.errors import (
     Conflict,
     ContextLengthExceeded,
     DoesNotFit,
+    EngineDied,
     EngineFault,
     FetchFailed,
     Forbidden,
@@ -28,6 +29,7 @@ from hfms_cli.errors import (
 )
 from hfms_cli.hookspecs import (
     Engine,
+    Exchange,
     Hardware,
     LoadedModel,
     LoadRequest,
@@ -37,6 +39,7 @@ from hfms_cli.hookspecs import (
     Progress,
     Provider,
     Storage,
+    exchange,
     hookimpl,
 )
 from hfms_cli.settings import setting
@@ -97,7 +100,9 @@ __all__ = [
     "Device",
     "DoesNotFit",
     "Engine",
+    "EngineDied",
     "EngineFault",
+    "Exchange",
     "FetchFailed",
     "Forbidden",
     "GatedModel",
@@ -133,6 +138,7 @@ __all__ = [
     "__version__",
     "admin_key",
     "caller_of",
+    "exchange",
     "hookimpl",
     "load_config",
     "local_url",

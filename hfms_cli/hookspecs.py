@@ -8,8 +8,9 @@ none is on the hot path. See `docs/plugins.md` for whole examples.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -168,6 +169,34 @@ def caller_key() -> web.RequestKey[Caller]:
     from aiohttp import web
 
     return web.RequestKey("caller", Caller)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The headers of the HTTP request that a call came with, and those that its answer is to have.
+
+    So a middleware's `call`, which sees no HTTP, can obey `Cache-Control` and say `x-cache`. What is put into `answer`
+    before the first chunk goes out with every kind of answer, streams and errors too.
+    """
+
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """As the client sent them; looked up without regard to case, and never to be believed."""
+    answer: dict[str, str] = field(default_factory=dict)
+
+
+_exchange: ContextVar[Exchange] = ContextVar("exchange")
+
+
+def exchange() -> Exchange:
+    """The exchange that is going on; one without headers where a call did not come by HTTP."""
+    return _exchange.get(None) or Exchange()
+
+
+def begin_exchange(asked: Mapping[str, str]) -> Exchange:
+    """The web layer's: what this task does from here on answers that request."""
+    begun = Exchange(asked)
+    _exchange.set(begun)
+    return begun
 
 
 class Middleware:

@@ -97,6 +97,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     caller: Caller = Caller()
     priority: int = 1
     """0 LOW, 1 NORMAL, 2 HIGH, 3 CRITICAL: who goes first where there is not room for all."""
+    digest: str = ""
+    """Of the model and its precision, once the road knows: where it is the same, the same bytes answer."""
 
 
 class Chunk(Struct, array_like=True, omit_defaults=True):

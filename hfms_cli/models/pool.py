@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -68,6 +69,15 @@ class ServedModel:
     """Done when the first load is: with None, or with what went wrong."""
     task: asyncio.Task[None] | None = None
     """Loads the model, then watches over it."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that decides which bytes answer: model, revision, engine, precision."""
+        placement, info = self.placement, self.host_now().info
+        assert placement is not None
+        manifest = placement.manifest
+        told = (manifest.storage, str(manifest.name), manifest.revision, info.engine, info.dtype)
+        return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
     def host_now(self) -> EngineHost:
         """The running engine. Raises LoadFailed or Unavailable."""

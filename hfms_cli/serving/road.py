@@ -11,6 +11,8 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hfms_cli.errors import BadRequest, Forbidden, HfmsError
 from hfms_cli.hookspecs import Middleware, Proceed
 from hfms_cli.models.pool import Pool, ServedModel
@@ -42,30 +44,31 @@ class Road:
         self._refuse_forbidden(call)
         async with self._pool.lease(call.model, call.caller.may_use) as model, AsyncExitStack() as opened:
             self._refuse_unfit(call, model)
-            chunks = self._chain(model, opened)(call)
+            # An alias and the name behind it are one model to every middleware.
+            call = msgspec.structs.replace(call, model=model.id, digest=model.digest)
+            chunks = _open(opened, self._chain(model), call)
             with self._metrics.call(model.id, self._clock) as measure:
                 async for chunk in chunks:
                     measure.chunk(chunk)
                     yield chunk
 
-    def _chain(self, model: ServedModel, opened: AsyncExitStack) -> Proceed:
+    def _chain(self, model: ServedModel) -> Proceed:
         """Fold the middlewares around the engine, the first one outermost."""
-        proceed: Proceed = partial(_open, opened, model.host_now().submit)
+        proceed: Proceed = model.host_now().submit
         for middleware in reversed(self._around_calls):
-            proceed = partial(self._through, opened, middleware, proceed)
+            proceed = partial(self._through, middleware, proceed)
         return proceed
 
-    def _through(
-        self, opened: AsyncExitStack, middleware: Middleware, proceed: Proceed, call: Call
-    ) -> AsyncIterator[Chunk]:
-        chunks = _open(opened, partial(middleware.call, proceed=proceed), call)
-        return _open(opened, partial(self._blame, middleware, chunks), call)
+    async def _through(self, middleware: Middleware, proceed: Proceed, call: Call) -> AsyncIterator[Chunk]:
+        """One middleware's stretch; its unexpected exceptions are counted under its name.
 
-    async def _blame(self, middleware: Middleware, chunks: AsyncIterator[Chunk], call: Call) -> AsyncIterator[Chunk]:
-        """A middleware's unexpected exceptions are counted under its name."""
+        What it opened further down is closed after it, so that it may see an answer through that others wait for.
+        """
         try:
-            async for chunk in chunks:
-                yield chunk
+            async with AsyncExitStack() as below, AsyncExitStack() as own:
+                chunks = _open(own, partial(middleware.call, proceed=partial(_open, below, proceed)), call)
+                async for chunk in chunks:
+                    yield chunk
         except HfmsError:
             raise
         except Exception:

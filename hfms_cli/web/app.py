@@ -17,10 +17,10 @@ import structlog
 from aiohttp import web
 
 from hfms_cli.errors import BadRequest, HfmsError, NotFound, Unauthorized
-from hfms_cli.hookspecs import Middleware
+from hfms_cli.hookspecs import Middleware, begin_exchange
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.web import models, openai, status
-from hfms_cli.web.context import LOG, REQUEST_ID, RUNTIME, caller_of, respond
+from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, caller_of, respond
 
 log = structlog.get_logger("hfms.web")
 
@@ -42,7 +42,7 @@ def build_app(runtime: Runtime) -> web.Application:
     for middleware in runtime.middlewares:
         middleware.routes(app)
     runtime.plugins.call("hfms_routes", app)
-    app.on_response_prepare.append(_add_request_id)
+    app.on_response_prepare.append(_add_headers)
     return app
 
 
@@ -52,6 +52,7 @@ async def _outermost(request: web.Request, handler: Handler) -> web.StreamRespon
     given = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
     request[LOG] = {}
+    request[EXCHANGE] = begin_exchange(request.headers)
     began = time.perf_counter()
     try:
         response = await handler(request)
@@ -173,5 +174,8 @@ def _model_label(request: web.Request) -> str:
     return found.id if found else ""
 
 
-async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """The request's id, and what middlewares want said."""
     response.headers["x-request-id"] = request.get(REQUEST_ID, "")
+    if EXCHANGE in request:
+        response.headers.update(request[EXCHANGE].answer)

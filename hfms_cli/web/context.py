@@ -10,12 +10,13 @@ import msgspec
 from aiohttp import web
 
 from hfms_cli.errors import Forbidden
-from hfms_cli.hookspecs import caller_key
+from hfms_cli.hookspecs import Exchange, caller_key
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.types import Caller
 
 RUNTIME = web.AppKey("runtime", Runtime)
 REQUEST_ID = web.RequestKey("request_id", str)
+EXCHANGE = web.RequestKey("exchange", Exchange)
 LOG: web.RequestKey[dict[str, Any]] = web.RequestKey("log", dict)
 
 _encode = msgspec.json.Encoder().encode

@@ -9,13 +9,16 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import EntryPoint
 
+import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 
-from hfms_cli import Call, Chunk, HfmsError, Middleware, Proceed, Provider, hookimpl
+from hfms_cli import Call, Chunk, HfmsError, Middleware, Proceed, Provider, exchange, hookimpl
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving.runtime import Runtime
+from hfms_cli.web.app import build_app
 
 
 class Wrap(Middleware):
@@ -52,6 +55,33 @@ class Refuse(Middleware):
         yield Chunk()
 
 
+class Patient(Middleware):
+    """Sees an answer through although its caller has left, as a cache does for others who wait for it."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+    async def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
+        chunks = proceed(call)
+        try:
+            yield await anext(chunks)
+        finally:
+            self.seen.extend([c.text async for c in chunks])
+
+
+class Curious(Middleware):
+    """Keeps what it sees of a call, and answers with headers."""
+
+    seen: list[Call] = []  # noqa: RUF012
+
+    async def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
+        self.seen.append(call)
+        exchange().answer["x-said"] = exchange().asked.get("X-Say", "nothing")
+        if exchange().asked.get("X-Fail"):
+            raise HfmsError("not today")
+        async for chunk in proceed(call):
+            yield chunk
+
+
 @pytest.fixture
 def runtime(serve, environ, tmp_path):
     """A runtime whose middlewares come from a plugin of this test, in the order given."""
@@ -59,14 +89,24 @@ def runtime(serve, environ, tmp_path):
 
     @hookimpl
     def hfms_middlewares():
-        for name, kind in (("a", Wrap), ("b", Wrap), ("short", Short), ("broken", Broken), ("refuse", Refuse)):
+        kinds = (
+            ("a", Wrap),
+            ("b", Wrap),
+            ("short", Short),
+            ("broken", Broken),
+            ("refuse", Refuse),
+            ("patient", Patient),
+            ("curious", Curious),
+        )
+        for name, kind in kinds:
             yield Provider(name, kind)
 
     plugin.hfms_middlewares = hfms_middlewares
     sys.modules["road_test_plugin"] = plugin
-    Wrap.diary.clear()
+    for kept in (Wrap.diary, Patient.seen, Curious.seen):
+        kept.clear()
 
-    async def build(*order: str, step_ms: int = 0) -> Runtime:
+    async def build(*order: str, step_ms: int = 0, alias: str | None = None) -> Runtime:
         from importlib.metadata import entry_points
 
         file = tmp_path / "road.toml"
@@ -74,7 +114,7 @@ def runtime(serve, environ, tmp_path):
         config = load_config(file, environ=environ)
         points = [*entry_points(group="hfms"), EntryPoint("road", "road_test_plugin", "hfms")]
         made = Runtime.build(config, discover(config, points))
-        await made.pool.load("echo:a")
+        await made.pool.load("echo:a", alias=alias)
         return made
 
     yield build
@@ -112,7 +152,7 @@ async def test_leaving_early_closes_every_stretch_of_the_road_at_once(runtime):
     try:
         async with aclosing(made.road.answer(call())) as chunks:
             await anext(chunks)
-        assert sorted(Wrap.diary) == ["enter a", "enter b", "leave a", "leave b"]
+        assert Wrap.diary == ["enter a", "enter b", "leave a", "leave b"]
         (model,) = made.pool.models()
         assert (model.host.running, model.leases) == (0, 0)
     finally:
@@ -150,4 +190,54 @@ async def test_a_middlewares_own_fault_is_counted_under_its_name_and_a_refusal_i
             await text(made)
         assert "hfms_plugin_errors_total{" not in made.metrics.render().decode()
     finally:
+        await made.close()
+
+
+async def test_a_middleware_is_closed_before_what_it_opened_and_may_see_the_answer_through(runtime):
+    made = await runtime("a", "patient", "b", step_ms=5)
+    try:
+        async with aclosing(made.road.answer(call())) as chunks:
+            await anext(chunks)
+        assert Wrap.diary == ["enter a", "enter b", "leave a", "leave b"]
+        assert Patient.seen == ["b( two)"]
+        (model,) = made.pool.models()
+        assert (model.host.running, model.leases) == (0, 0)
+    finally:
+        await made.close()
+
+
+async def test_middlewares_see_a_models_id_and_digest_whatever_it_was_called_by(runtime):
+    made = await runtime("curious", alias="short-name")
+    try:
+        await text(made)
+        async for _ in made.road.answer(msgspec.structs.replace(call(), model="short-name")):
+            continue
+        first, second = Curious.seen
+        assert (first.model, second.model) == ("echo:a", "echo:a")
+        assert first.digest == second.digest
+        assert len(first.digest) == 64
+    finally:
+        await made.close()
+
+
+async def test_a_middlewares_call_reads_and_writes_headers_of_streams_wholes_and_errors(runtime):
+    made = await runtime("curious")
+    runner = web.AppRunner(build_app(made), handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/completions"
+        async with aiohttp.ClientSession() as session:
+            for stream in (False, True):
+                body = {"model": "echo:a", "prompt": "hi", "stream": stream}
+                async with session.post(url, json=body, headers={"x-say": "hello"}) as response:
+                    assert (response.status, response.headers["x-said"]) == (200, "hello")
+                    await response.read()
+            async with session.post(url, json=body, headers={"X-Fail": "yes"}) as response:
+                assert (response.status, response.headers["x-said"]) == (500, "nothing")
+            # An answer's headers are its own, also on a connection that is used again.
+            async with session.get(url) as response:
+                assert "x-said" not in response.headers
+    finally:
+        await runner.cleanup()
         await made.close()
