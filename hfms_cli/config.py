@@ -118,7 +118,9 @@ class MiddlewareConfig:
     """What stands between a request and its engine."""
 
     order: list[str] = setting(
-        lambda: ["auth"], "Middlewares, outermost first; what is not listed is off.", env="MIDDLEWARE"
+        lambda: ["auth", "rate_limit", "breaker"],
+        "Middlewares, outermost first; what is not listed is off.",
+        env="MIDDLEWARE",
     )
 
 

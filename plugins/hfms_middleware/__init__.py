@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from hfms_cli import Middleware, Provider, hookimpl
 from hfms_middleware.auth.options import AuthOptions
+from hfms_middleware.breaker import BreakerOptions, CircuitBreaker
+from hfms_middleware.cache import Cache, CacheOptions, add_verbs
+from hfms_middleware.rate_limit import RateLimit, RateLimitOptions
 
 if TYPE_CHECKING:
     import typer
@@ -17,6 +20,11 @@ def hfms_middlewares() -> Iterator[Provider[Middleware]]:
     yield Provider(
         "auth", _auth, AuthOptions, summary="Keys: who may call, and who may administer.", commands=_key_verbs
     )
+    yield Provider("rate_limit", RateLimit, RateLimitOptions, summary="Limits: requests and tokens of each key.")
+    yield Provider(
+        "cache", Cache, CacheOptions, summary="Answers that would come out the same again.", commands=add_verbs
+    )
+    yield Provider("breaker", CircuitBreaker, BreakerOptions, summary="Leaves an engine alone that fails in a row.")
 
 
 # What only a server or a verb needs is imported for it.

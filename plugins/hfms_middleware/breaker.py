@@ -1,0 +1,145 @@
+"""A circuit breaker for each model: an engine that fails time after time is left alone for a while.
+
+closed --failures in a row--> open --seconds--> half-open --successes--> closed
+                                ^----- failure -----'
+
+Only what the engine did wrong counts. A refusal, a bad request, a full queue or a caller who left says nothing about
+it, neither for nor against. Half-open, one call at a time is let through to see.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from hfms_cli import Call, Chunk, EngineDied, EngineFault, Middleware, Proceed, Unavailable, setting
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Gauge
+
+log = structlog.get_logger("hfms.breaker")
+
+STATES = {"closed": 0, "open": 1, "half-open": 2}
+"""As the metric has them."""
+
+
+@dataclass(frozen=True)
+class BreakerOptions:
+    """Options of `[middleware.breaker]`."""
+
+    failures: int = setting(5, "Calls in a row that the engine failed, after which a model is left alone.", ge=1)
+    open_seconds: float = setting(60.0, "How long it is left alone before one call is let through to see.", ge=0)
+    successes: int = setting(2, "Calls let through that must succeed before all are again.", ge=1)
+
+
+class Breaker:
+    """One model's. `clock` gives seconds and never goes back."""
+
+    def __init__(self, model: str, options: BreakerOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self.failures = 0
+        """In a row, while closed."""
+        self._model = model
+        self._options = options
+        self._clock = clock
+        self._successes = 0
+        self._opened_at: float | None = None
+        self._probing = False
+        # Grows whenever it opens or closes: what a call of an earlier period comes to says nothing about this one.
+        self._period = 0
+
+    @property
+    def state(self) -> str:
+        if self._opened_at is None:
+            return "closed"
+        return "half-open" if self._clock() >= self._opened_at + self._options.open_seconds else "open"
+
+    def enter(self) -> int:
+        """Let a call through; `leave` takes what this returns. Raises Unavailable."""
+        if self._opened_at is None:
+            return self._period
+        wait = self._opened_at + self._options.open_seconds - self._clock()
+        if wait > 0 or self._probing:
+            raise Unavailable(
+                f"The engine of `{self._model}` failed too often and is left alone for a while; try again later.",
+                code="breaker_open",
+                retry_after=max(wait, 1.0),
+            )
+        self._probing = True
+        return self._period
+
+    def leave(self, period: int, good: bool | None) -> None:
+        """Say how a call that was let through went; None says nothing about the engine."""
+        if period != self._period:
+            return
+        probe, self._probing = self._probing, False
+        if good is None:
+            return
+        if probe:
+            self._successes += good
+            if not good:
+                self._open()
+            elif self._successes == self._options.successes:
+                self._close()
+        else:
+            self.failures = 0 if good else self.failures + 1
+            if self.failures == self._options.failures:
+                self._open()
+
+    def _open(self) -> None:
+        self._opened_at = self._clock()
+        self._successes = 0
+        self._period += 1
+        log.warning("breaker opens", model=self._model, seconds=self._options.open_seconds)
+
+    def _close(self) -> None:
+        self._opened_at = None
+        self.failures = self._successes = 0
+        self._period += 1
+        log.info("breaker closes", model=self._model)
+
+
+class CircuitBreaker(Middleware):
+    """Stands around the call, with a `Breaker` for every model that has been called."""
+
+    def __init__(self, options: BreakerOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options = options
+        self._clock = clock
+        self._breakers: dict[str, Breaker] = {}
+        self._gauge: Gauge | None = None
+
+    async def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
+        breaker = self._breakers.get(call.model) or self._new(call.model)
+        period = breaker.enter()
+        good: bool | None = None
+        try:
+            async for chunk in proceed(call):
+                yield chunk
+            good = True
+        except (EngineFault, EngineDied):
+            good = False
+            raise
+        finally:
+            breaker.leave(period, good)
+
+    def _new(self, model: str) -> Breaker:
+        """Models are named by the road, which has found them: callers cannot make up names."""
+        breaker = self._breakers[model] = Breaker(model, self._options, self._clock)
+        if self._gauge is not None:
+            self._gauge.labels(model).set_function(lambda: STATES[breaker.state])
+        return breaker
+
+    def metrics(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import Gauge
+
+        self._gauge = Gauge("hfms_breaker_state", "0 closed, 1 open, 2 half-open.", ["model"], registry=registry)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "models": {
+                m: {"state": b.state, "failures_in_a_row": b.failures} for m, b in self._breakers.copy().items()
+            },
+        }
