@@ -47,6 +47,7 @@ class MemoryAnswers:
         return self._kept.get(key)
 
     async def put(self, key: str, value: bytes) -> None:
+        self._kept.pop(key, None)
         with contextlib.suppress(ValueError):  # larger than all the room there is
             self._kept[key] = value
 

@@ -196,7 +196,9 @@ def key_of(call: Call, *, shared: bool) -> str:
     """
     tenant = None if shared else [call.caller.key_id, None if call.caller.key_id else call.caller.address]
     asked = msgspec.structs.replace(call, id="", model="", caller=Caller())
-    return hashlib.sha256(msgspec.json.encode([tenant, asked], order="sorted")).hexdigest()
+    # JSON with its keys in order: the same dict, written in another order, asks the same.
+    plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")
+    return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
 # `hfms cache`, for the cache of the running server.
