@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hfms_cli import Middleware, Provider, hookimpl
 from hfms_middleware.auth.options import AuthOptions
 from hfms_middleware.breaker import BreakerOptions, CircuitBreaker
-from hfms_middleware.cache import Cache, CacheOptions, add_verbs
-from hfms_middleware.rate_limit import RateLimit, RateLimitOptions
+from hfms_middleware.cache.options import CacheOptions
+from hfms_middleware.rate_limit.options import RateLimitOptions
 
 if TYPE_CHECKING:
     import typer
@@ -20,9 +20,9 @@ def hfms_middlewares() -> Iterator[Provider[Middleware]]:
     yield Provider(
         "auth", _auth, AuthOptions, summary="Keys: who may call, and who may administer.", commands=_key_verbs
     )
-    yield Provider("rate_limit", RateLimit, RateLimitOptions, summary="Limits: requests and tokens of each key.")
+    yield Provider("rate_limit", _rate_limit, RateLimitOptions, summary="Limits: requests and tokens of each key.")
     yield Provider(
-        "cache", Cache, CacheOptions, summary="Answers that would come out the same again.", commands=add_verbs
+        "cache", _cache, CacheOptions, summary="Answers that would come out the same again.", commands=_cache_verbs
     )
     yield Provider("breaker", CircuitBreaker, BreakerOptions, summary="Leaves an engine alone that fails in a row.")
 
@@ -40,3 +40,21 @@ def _key_verbs(app: typer.Typer) -> None:
     from hfms_middleware.auth.commands import keys
 
     app.add_typer(keys, name="keys")
+
+
+def _rate_limit(options: RateLimitOptions) -> Middleware:
+    from hfms_middleware.rate_limit.middleware import RateLimit
+
+    return RateLimit(options)
+
+
+def _cache(options: CacheOptions) -> Middleware:
+    from hfms_middleware.cache.middleware import Cache
+
+    return Cache(options)
+
+
+def _cache_verbs(app: typer.Typer) -> None:
+    from hfms_middleware.cache.commands import cache
+
+    app.add_typer(cache, name="cache")

@@ -9,19 +9,18 @@ it, neither for nor against. Half-open, one call at a time is let through to see
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import structlog
 
 from hfms_cli import Call, Chunk, EngineDied, EngineFault, Middleware, Proceed, Unavailable, setting
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge
 
-log = structlog.get_logger("hfms.breaker")
+log = logging.getLogger("hfms.breaker")
 
 STATES = {"closed": 0, "open": 1, "half-open": 2}
 """As the metric has them."""
@@ -93,13 +92,13 @@ class Breaker:
         self._opened_at = self._clock()
         self._successes = 0
         self._period += 1
-        log.warning("breaker opens", model=self._model, seconds=self._options.open_seconds)
+        log.warning("the breaker of %s opens for %g s", self._model, self._options.open_seconds)
 
     def _close(self) -> None:
         self._opened_at = None
         self.failures = self._successes = 0
         self._period += 1
-        log.info("breaker closes", model=self._model)
+        log.warning("the breaker of %s closes", self._model)
 
 
 class CircuitBreaker(Middleware):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
-
-import structlog
 
 from hfms_cli import ConfigError
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-log = structlog.get_logger("hfms.redis")
+log = logging.getLogger("hfms.redis")
 
 T = TypeVar("T")
 
@@ -55,13 +54,13 @@ class RedisLink:
         except (RedisError, OSError) as exc:
             self._ask_again = self._clock() + PAUSE_SECONDS
             if self.error is None:
-                log.error("redis does not answer", error=type(exc).__name__)
+                log.error("Redis does not answer: %s", type(exc).__name__)
             self.error = type(exc).__name__
             raise RedisGone(self.error) from exc
         finally:
             self._trying = False
         if self.error is not None:
-            log.info("redis answers again")
+            log.warning("Redis answers again")
         self.error = None
         return answer
 

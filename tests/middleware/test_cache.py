@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hfms_cli import Call, Caller, Conversation, Sampling
 from hfms_cli.config import load_config
 from hfms_cli.errors import ConfigError
-from hfms_middleware.answers import OVERHEAD_BYTES, MemoryAnswers
-from hfms_middleware.cache import Cache, deterministic, key_of
+from hfms_middleware.cache.answers import OVERHEAD_BYTES, MemoryAnswers
+from hfms_middleware.cache.middleware import Cache, deterministic, key_of
 from tests.conftest import Server
 from tests.middleware.conftest import Clock, RedisServer
 

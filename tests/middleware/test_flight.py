@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from hfms_cli import Chunk, EngineFault, Unavailable
-from hfms_middleware.flight import Flight
+from hfms_middleware.cache.flight import Flight
 
 
 class Source:

@@ -20,8 +20,8 @@ import pytest
 from hfms_cli import Call, Caller, Conversation, Middleware, Sampling
 from hfms_cli.config import load_config
 from hfms_cli.errors import ConfigError
-from hfms_middleware.buckets import MemoryBuckets
-from hfms_middleware.rate_limit import RateLimit, most_tokens, owner_of
+from hfms_middleware.rate_limit.buckets import MemoryBuckets
+from hfms_middleware.rate_limit.middleware import RateLimit, most_tokens, owner_of
 from tests.conftest import Server
 from tests.middleware.conftest import Clock, RedisServer
 

@@ -74,4 +74,4 @@ async def test_auth_that_is_required_without_a_key_does_not_start(serve):
 
 async def test_switching_auth_off_takes_it_out_of_the_road(serve):
     async with serve(env={"HF_SERVER_ENABLE_AUTH": "false"}) as server:
-        assert [m.name for m in server.runtime.middlewares] == []
+        assert "auth" not in [m.name for m in server.runtime.middlewares]

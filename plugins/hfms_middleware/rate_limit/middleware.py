@@ -11,13 +11,13 @@ import ipaddress
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, exchange, setting
-from hfms_middleware.buckets import Buckets, Limit, MemoryBuckets, RedisBuckets, Taken
+from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, exchange
+from hfms_middleware.rate_limit.buckets import Buckets, Limit, MemoryBuckets, RedisBuckets, Taken
+from hfms_middleware.rate_limit.options import RateLimitOptions
 from hfms_middleware.redis_link import RedisGone, RedisLink
 
 if TYPE_CHECKING:
@@ -29,39 +29,6 @@ UNLIMITED_PATHS = frozenset({"/health", "/ready", "/status", "/metrics"})
 BYTES_PER_TOKEN = 3
 """Of a prompt that is not yet tokenised. English has more than four a token, code and Chinese about three."""
 MINUTE, DAY = 60, 86_400
-MOST = 10**12
-
-
-@dataclass(frozen=True)
-class RateLimitOptions:
-    """Options of `[middleware.rate_limit]`."""
-
-    requests_per_minute: int = setting(
-        0,
-        "Requests a minute of each key, or of each address without one; 0: no limit. A key's own limit wins.",
-        env="DEFAULT_RATE_LIMIT",
-        ge=0,
-        le=MOST,
-    )
-    tokens_per_minute: int = setting(
-        0, "Tokens a minute, read and written together; 0: no limit.", env="DEFAULT_TOKEN_LIMIT", ge=0, le=MOST
-    )
-    tokens_per_day: int = setting(0, "Tokens a day; 0: no limit.", env="DEFAULT_DAILY_TOKENS", ge=0, le=MOST)
-    reserve_tokens: int = setting(
-        512, "Tokens set aside for an answer whose `max_tokens` the caller did not give.", ge=1, le=MOST
-    )
-    count_cached: bool = setting(False, "Count the tokens of answers that came from a cache.")
-    store: str = setting(
-        "memory",
-        'Where levels are kept: "memory", or a Redis for all servers together, such as redis://127.0.0.1:6379/0.',
-        env="RATE_LIMIT_STORE",
-        secret=True,  # it may hold a password
-    )
-    on_error: str = setting(
-        "closed",
-        "While Redis does not answer: refuse calls (closed), or let them pass without a limit (open).",
-        choices=("closed", "open"),
-    )
 
 
 class RateLimit(Middleware):

@@ -8,45 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import structlog
 
-from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange, setting
-from hfms_middleware.answers import Answers, MemoryAnswers, RedisAnswers
-from hfms_middleware.flight import Flight
+from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange
+from hfms_middleware.cache.answers import Answers, MemoryAnswers, RedisAnswers
+from hfms_middleware.cache.flight import Flight
+from hfms_middleware.cache.options import CacheOptions
 from hfms_middleware.redis_link import RedisLink
 
 if TYPE_CHECKING:
-    import typer
     from aiohttp import web
     from prometheus_client import CollectorRegistry
 
-log = structlog.get_logger("hfms.cache")
+log = logging.getLogger("hfms.cache")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Chunk]).decode
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Options of `[middleware.cache]`."""
-
-    max_bytes: int = setting(256 * 2**20, "Memory for answers; the longest unused make room.", ge=2**10, le=2**50)
-    ttl_seconds: float = setting(3600.0, "How long an answer is kept.", ge=0.001, le=365 * 86_400)
-    shared: bool = setting(
-        False, "Answer a key with what another key asked for; otherwise each has a cache of its own."
-    )
-    store: str = setting(
-        "memory",
-        'Where answers are kept: "memory", or a Redis for all servers together, such as redis://127.0.0.1:6379/0.',
-        env="CACHE_STORE",
-        secret=True,  # it may hold a password
-    )
 
 
 class Cache(Middleware):
@@ -199,45 +181,3 @@ def key_of(call: Call, *, shared: bool) -> str:
     # JSON with its keys in order: the same dict, written in another order, asks the same.
     plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")
     return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
-
-
-# `hfms cache`, for the cache of the running server.
-
-
-def add_verbs(app: typer.Typer) -> None:
-    """`hfms cache stats` and `hfms cache clear`."""
-    import typer
-
-    from hfms_cli import AsJson, Client, ConfigFile, ServerUrl, admin_key, load_config, local_url, print_json
-
-    cache = typer.Typer(help="Look at the cache of the running server, or empty it.", no_args_is_help=True)
-
-    def ask(url: str | None, config: Any, method: str, path: str) -> dict[str, Any]:
-        async def answer() -> Any:
-            async with Client(url or local_url(load_config(config).server), admin_key()) as client:
-                return await (client.get(path) if method == "GET" else client.post(path, {}))
-
-        found: dict[str, Any] = asyncio.run(answer())
-        return found
-
-    @cache.command()
-    def stats(url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
-        """Show how often the cache had the answer, and how full it is."""
-        found = ask(url, config, "GET", "/admin/cache/stats")
-        if as_json:
-            print_json(found)
-            return
-        from hfms_cli import print_table
-
-        print_table(["WHAT", "VALUE"], found.items())
-
-    @cache.command()
-    def clear(url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
-        """Forget every answer that is kept."""
-        found = ask(url, config, "POST", "/admin/cache/clear")
-        if as_json:
-            print_json(found)
-            return
-        typer.echo(f"{found.get('cleared')} answers forgotten")
-
-    app.add_typer(cache, name="cache")
