@@ -169,3 +169,9 @@ def test_a_workers_threads_wait_without_spinning_unless_the_operator_says_otherw
     assert worker_environ({})["OMP_WAIT_POLICY"] == "passive"
     assert worker_environ({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
     assert "OMP_WAIT_POLICY" not in worker_environ({"GOMP_SPINCOUNT": "100"})
+
+
+def test_a_worker_sees_no_key_and_no_password_of_a_store():
+    secrets = ("HFMS_API_KEY", "HF_SERVER_ADMIN_API_KEY", "HF_TOKEN", "HFMS_CACHE_STORE", "HF_SERVER_RATE_LIMIT_STORE")
+    assert not worker_environ(dict.fromkeys(secrets, "x")).keys() & set(secrets)
+    assert worker_environ({"HFMS_STATE_DIR": "x"})["HFMS_STATE_DIR"] == "x"

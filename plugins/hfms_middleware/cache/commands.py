@@ -40,7 +40,7 @@ def clear(url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = Fa
     if as_json:
         print_json(found)
         return
-    typer.echo(f"{found.get('cleared')} answers forgotten")
+    typer.echo(f"answers forgotten: {found.get('cleared')}")
 
 
 async def _ask(url: str | None, config: Path | None, method: str, path: str) -> dict[str, Any]:

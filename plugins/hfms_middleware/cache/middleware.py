@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange
+from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange, require_admin, respond
 from hfms_middleware.cache.answers import Answers, MemoryAnswers, RedisAnswers
 from hfms_middleware.cache.flight import Flight
 from hfms_middleware.cache.options import CacheOptions
@@ -129,8 +129,6 @@ class Cache(Middleware):
         return await self._answers.clear()
 
     def routes(self, app: web.Application) -> None:
-        from hfms_cli import require_admin, respond
-
         async def stats(request: web.Request) -> web.Response:
             require_admin(request)
             return respond(self.stats())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, exchange
+from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, caller_of, exchange
 from hfms_middleware.rate_limit.buckets import Buckets, Limit, MemoryBuckets, RedisBuckets, Taken
 from hfms_middleware.rate_limit.options import RateLimitOptions
 from hfms_middleware.redis_link import RedisGone, RedisLink
@@ -52,8 +52,6 @@ class RateLimit(Middleware):
     async def http(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        from hfms_cli import caller_of
-
         caller = caller_of(request)
         # Of tokens nothing is taken here: it is asked what is left, so that every answer can tell.
         wants = dict.fromkeys(self._request_limits(caller), 1.0) | dict.fromkeys(self._token_limits(caller), 0.0)
