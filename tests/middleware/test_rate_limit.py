@@ -282,6 +282,22 @@ async def test_three_server_processes_on_one_redis_let_the_limit_pass_and_not_on
         assert 60 <= answers.count(200) <= 60 + refilled
 
 
+async def test_a_thousand_concurrent_calls_wait_for_redis_and_none_takes_that_for_its_absence(serve, redis_server):
+    toml = limits(requests_per_minute=60, store=redis_server.url)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with serve("echo:a", toml=toml) as server, aiohttp.ClientSession(connector=connector) as session:
+
+        async def ask() -> int:
+            async with session.post(server.url + "/v1/completions", json=completion()) as response:
+                return response.status
+
+        began = time.monotonic()
+        answers = await asyncio.gather(*(ask() for _ in range(1000)))
+        refilled = math.floor(time.monotonic() - began)  # one a second
+        assert set(answers) == {200, 429}
+        assert 60 <= answers.count(200) <= 60 + refilled
+
+
 async def test_without_redis_a_closed_limiter_refuses_says_so_and_recovers(serve, redis_server: RedisServer, clock):
     async with serve("echo:a", toml=limits(requests_per_minute=100, store=redis_server.url)) as server:
         link = limiter(server)._link

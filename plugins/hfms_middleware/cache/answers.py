@@ -89,10 +89,13 @@ class RedisAnswers:
             return None
 
     async def put(self, key: str, value: bytes) -> None:
+        async def put(redis: Redis) -> None:
+            await redis.set(PREFIX + key, value, px=self._ttl_ms)
+
         if len(value) > self._max_bytes:
             return
         with contextlib.suppress(RedisGone):
-            await self._link.ask(lambda redis: redis.set(PREFIX + key, value, px=self._ttl_ms))
+            await self._link.ask(put)
 
     async def clear(self) -> int:
         async def clear(redis: Redis) -> int:
@@ -102,7 +105,7 @@ class RedisAnswers:
             return count
 
         with contextlib.suppress(RedisGone):
-            return await self._link.ask(clear)
+            return await self._link.ask(clear, patience=60.0)  # in many steps
         return 0
 
     def status(self) -> dict[str, Any]:
