@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -105,6 +106,27 @@ async def test_of_a_thousand_at_once_exactly_as_many_pass_as_the_bucket_holds(ma
     outcomes = await asyncio.gather(*(kept.take(who, {limit: 1}) for _ in range(1000)))
     assert sum(o.refused is None for o in outcomes) == 137
     await kept.close()
+
+
+async def test_three_processes_on_one_redis_are_granted_exactly_what_one_bucket_holds(redis_server):
+    code = (
+        "import asyncio, sys\n"
+        "from hfms_middleware.rate_limit.buckets import Limit, RedisBuckets\n"
+        "from hfms_middleware.redis_link import RedisLink\n"
+        "async def main():\n"
+        "    kept = RedisBuckets(RedisLink(sys.argv[1], 'store'), lambda: 1000.0)\n"
+        "    outcomes = await asyncio.gather(*(kept.take('key:a', {Limit('r', 137, 60): 1}) for _ in range(200)))\n"
+        "    print(sum(o.refused is None for o in outcomes))\n"
+        "    await kept.close()\n"
+        "asyncio.run(main())\n"
+    )
+    pipe = asyncio.subprocess.PIPE
+    started = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", code, redis_server.url, stdout=pipe)
+        for _ in range(3)
+    ]
+    granted = [int((await process.communicate())[0]) for process in started]
+    assert sum(granted) == 137
 
 
 async def test_what_is_refused_by_one_limit_is_taken_from_none(made, clock):
