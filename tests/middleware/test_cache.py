@@ -184,7 +184,7 @@ def test_a_dict_asks_the_same_in_whatever_order_it_is_written():
 @pytest.mark.parametrize(
     ("change", "same"),
     [
-        ({"id": "2", "model": "alias"}, True),
+        ({"id": "2", "model": "alias", "priority": 3}, True),
         ({"digest": "another revision"}, False),
         ({"inputs": ["y"]}, False),
         ({"inputs": ["x", "x"]}, False),

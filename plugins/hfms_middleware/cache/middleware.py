@@ -172,10 +172,10 @@ def deterministic(call: Call) -> bool:
 def key_of(call: Call, *, shared: bool) -> str:
     """SHA-256 of the model's digest, all that was asked of it, and whose cache it is.
 
-    Everything of a call counts except what only names it, so that a parameter that calls learn later counts, too.
+    Everything of a call counts but its name and its turn, so that a parameter that calls learn later counts, too.
     """
     tenant = None if shared else [call.caller.key_id, None if call.caller.key_id else call.caller.address]
-    asked = msgspec.structs.replace(call, id="", model="", caller=Caller())
+    asked = msgspec.structs.replace(call, id="", model="", caller=Caller(), priority=1)
     # JSON with its keys in order: the same dict, written in another order, asks the same.
     plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")
     return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
