@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from hfms_cli import Call, Caller, Conversation, Middleware, Sampling
+from hfms_cli import Call, Caller, Conversation, Sampling
 from hfms_cli.config import load_config
 from hfms_cli.errors import ConfigError
 from hfms_middleware.rate_limit.buckets import MemoryBuckets
@@ -106,29 +106,21 @@ async def test_those_who_watch_the_server_need_no_limit_and_an_unlimited_server_
         assert not [name for name in await headers_of(server) if "ratelimit" in name.lower()]
 
 
-class Identify(Middleware):
-    """Says that a request comes from a key with limits of its own."""
-
-    caller = Caller(key_id="vip", requests_per_minute=3, tokens_per_minute=1000, tokens_per_day=0)
-
-    async def http(self, request, handler):
-        if request.headers.get("X-Vip"):
-            self.identify(request, self.caller)
-        return await handler(request)
-
-
-async def test_each_key_has_its_own_bucket_and_its_own_limit_wins(serve, clock):
-    async with serve("echo:a", env=KEYS, toml=limits(requests_per_minute=1, tokens_per_day=1)) as server:
+async def test_each_key_has_its_own_bucket_and_its_own_limits_win(serve, clock):
+    async with serve("echo:a", env=KEYS, toml=limits(requests_per_minute=1)) as server:
         stopped(server, clock)
-        server.runtime.middlewares.insert(1, Identify())
-        for key in (KEY, ADMIN):
-            headers = {"Authorization": f"Bearer {key}"}
-            assert (await headers_of(server, headers=headers))["X-RateLimit-Limit"] == "1"
-            assert (await server.get("/v1/models", headers=headers))[0] == 429
-        vip = {"Authorization": f"Bearer {KEY}", "X-Vip": "1"}
-        for left in (2, 1, 0):
-            told = await headers_of(server, headers=vip)
-            assert (told["X-RateLimit-Limit"], told["X-RateLimit-Remaining"], told[TOKENS]) == ("3", str(left), "1000")
+        user = {"Authorization": f"Bearer {KEY}"}
+        assert (await headers_of(server, headers=user))["X-RateLimit-Limit"] == "1"
+        assert (await server.get("/v1/models", headers=user))[0] == 429
+        admin, wish = {"Authorization": f"Bearer {ADMIN}"}, {"name": "vip", "rate_limit": 3, "token_limit": 25}
+        status, made = await server.post("/admin/keys/generate", wish, headers=admin)
+        assert status == 200, made
+        vip = {"Authorization": f"Bearer {made['api_key']}"}
+        told = await headers_of(server, headers=vip)
+        assert [told["X-RateLimit-Limit"], told["X-RateLimit-Remaining"], told[TOKENS]] == ["3", "2", "25"]
+        assert (await server.post("/v1/completions", completion(), headers=vip))[0] == 200  # three words and three
+        told = await headers_of(server, headers=vip)
+        assert [told["X-RateLimit-Limit-Tokens"], told["X-RateLimit-Remaining"], told[TOKENS]] == ["25", "0", "19"]
         assert (await server.get("/v1/models", headers=vip))[0] == 429
 
 
