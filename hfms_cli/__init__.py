@@ -9,6 +9,7 @@ from hfms_cli.errors import (
     ConfigError,
     Conflict,
     ContextLengthExceeded,
+    DeadlineExceeded,
     DoesNotFit,
     EngineDied,
     EngineFault,
@@ -44,6 +45,7 @@ from hfms_cli.hookspecs import (
 )
 from hfms_cli.settings import setting
 from hfms_cli.types import (
+    PRIORITIES,
     Call,
     Caller,
     Chunk,
@@ -85,6 +87,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PRIORITIES",
     "AsJson",
     "BadRequest",
     "Call",
@@ -97,6 +100,7 @@ __all__ = [
     "Conflict",
     "ContextLengthExceeded",
     "Conversation",
+    "DeadlineExceeded",
     "Device",
     "DoesNotFit",
     "Engine",

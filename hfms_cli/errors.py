@@ -12,6 +12,7 @@
     │   └── ModelNotFound
     ├── Conflict 409
     ├── Overloaded 429
+    ├── DeadlineExceeded 504
     ├── EngineFault 500
     ├── FetchFailed 502
     │   └── VerifyFailed
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "ContextLengthExceeded",
+    "DeadlineExceeded",
     "DoesNotFit",
     "EngineDied",
     "EngineFault",
@@ -157,6 +159,14 @@ class Overloaded(HfmsError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+
+
+class DeadlineExceeded(HfmsError):
+    """Nobody was free in time."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class EngineFault(HfmsError):

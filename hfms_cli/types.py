@@ -12,6 +12,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 __all__ = [
+    "PRIORITIES",
     "Call",
     "Caller",
     "Chunk",
@@ -29,6 +30,9 @@ __all__ = [
 
 Task = Literal["generate", "embed"]
 FinishReason = Literal["stop", "length"]
+
+PRIORITIES = ("low", "normal", "high", "critical")
+"""By rank: `Call.priority` and `Caller.priority` are indices of these."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):

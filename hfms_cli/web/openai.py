@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -20,7 +21,7 @@ from hfms_cli.models import names
 from hfms_cli.types import Call, Chunk
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, caller_of, log_of, respond
-from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions
+from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, lowered
 from hfms_cli.web.sse import EventStream
 
 if TYPE_CHECKING:
@@ -33,21 +34,21 @@ routes = web.RouteTableDef()
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = parse(ChatRequest, await request.read())
-    call = body.call(_call_id("chatcmpl"), caller_of(request))
+    call = _call_of(request, body, "chatcmpl")
     return await _generate(request, body, call, ChatShape(call))
 
 
 @routes.post("/v1/completions")
 async def completions(request: web.Request) -> web.StreamResponse:
     body = parse(CompletionRequest, await request.read())
-    call = body.call(_call_id("cmpl"), caller_of(request))
+    call = _call_of(request, body, "cmpl")
     return await _generate(request, body, call, CompletionShape(call))
 
 
 @routes.post("/v1/embeddings")
 async def embeddings(request: web.Request) -> web.StreamResponse:
     body = parse(EmbeddingRequest, await request.read())
-    call = body.call(_call_id("embd"), caller_of(request))
+    call = _call_of(request, body, "embd")
     vectors: list[bytes] = [b""] * len(call.inputs)
     tokens = 0
     with _admitted(request, call):
@@ -266,8 +267,12 @@ def _answer(request: web.Request, call: Call) -> AsyncGenerator[Chunk, None]:
     return request.app[RUNTIME].road.answer(call)
 
 
-def _call_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def _call_of(request: web.Request, body: ChatRequest | CompletionRequest | EmbeddingRequest, prefix: str) -> Call:
+    """The call that a body asks for. `X-Priority` counts where the body says nothing of it."""
+    caller = caller_of(request)
+    call = body.call(f"{prefix}-{uuid.uuid4().hex}", caller)
+    asked, param = (body.priority, "priority") if body.priority else (request.headers.get("X-Priority"), "X-Priority")
+    return msgspec.structs.replace(call, priority=lowered(asked, param, caller))
 
 
 def _as_floats(vector: bytes) -> list[float]:

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import Call, Caller, Conversation, Sampling
+from hfms_cli.types import PRIORITIES, Call, Caller, Conversation, Sampling
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Prompt = str | list[str | int | list[Natural]]
+
+Priority = Literal["low", "normal", "high", "critical", "LOW", "NORMAL", "HIGH", "CRITICAL"]
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -51,6 +53,7 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: Priority | None = None
     # Not served yet: only the value that asks for nothing is taken.
     logprobs: Any = None
     store: Any = None
@@ -238,6 +241,7 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
     user: str | None = None
+    priority: Priority | None = None
 
     def call(self, call_id: str, caller: Caller) -> Call:
         return Call(
@@ -267,6 +271,15 @@ class UnloadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """`POST /models/unload`."""
 
     model: str
+
+
+def lowered(asked: str | None, param: str, caller: Caller) -> int:
+    """The priority of a call: its key's, or a lower one that it asks for. Raises BadRequest."""
+    if asked is None:
+        return caller.priority
+    if asked.lower() not in PRIORITIES:
+        raise BadRequest(f"A priority is one of {', '.join(PRIORITIES)}, not `{asked[:40]}`.", param=param)
+    return min(caller.priority, PRIORITIES.index(asked.lower()))
 
 
 def inputs_of(prompt: Prompt, param: str) -> list[str | list[int] | Conversation]:
