@@ -118,7 +118,7 @@ class MiddlewareConfig:
     """What stands between a request and its engine."""
 
     order: list[str] = setting(
-        lambda: ["auth", "rate_limit", "breaker"],
+        lambda: ["auth", "rate_limit", "queue", "breaker"],
         "Middlewares, outermost first; what is not listed is off.",
         env="MIDDLEWARE",
     )

@@ -99,7 +99,7 @@ def test_show_says_where_each_value_comes_from(hfms, tmp_path):
     assert "port = 1234  # file" in lines
     assert 'host = "::1"  # HFMS_HOST' in lines
     assert 'level = "debug"  # HF_SERVER_LOG_LEVEL' in lines
-    assert 'order = ["rate_limit", "breaker"]  # default, HFMS_ENABLE_AUTH' in lines
+    assert 'order = ["rate_limit", "queue", "breaker"]  # default, HFMS_ENABLE_AUTH' in lines
     assert "insecure = false  # default" in lines
 
 
