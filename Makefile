@@ -29,7 +29,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(INSTALL) --editable '.[transformers,openvino,test]'
+	$(INSTALL) --editable '.[transformers,openvino,llama-cpp,test]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -80,7 +80,8 @@ class EngineConfig:
     """Engine processes: one a loaded model."""
 
     order: list[str] = setting(
-        lambda: ["openvino", "transformers", "embeddings", "echo"], "Engines to try for a model, in this order."
+        lambda: ["openvino", "transformers", "llama_cpp", "embeddings", "echo"],
+        "Engines to try for a model, in this order.",
     )
     max_calls: int = setting(256, "Calls that one engine process may hold; more are answered 429.", ge=1)
     heartbeat_seconds: float = setting(

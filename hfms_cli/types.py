@@ -188,6 +188,10 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     """Weight files, relative to the model's folder."""
     remote_code: bool = False
     """The model asks for its own Python code to be run (`auto_map`)."""
+    token_cache_bytes: int = 0
+    """At most so much do the keys and values of one token take in half precision. From GGUF; 0: unknown, or none."""
+    chat_template: bool = False
+    """A GGUF file has one. What other formats have is for their tokenizers to say."""
 
 
 class Device(Struct, frozen=True, kw_only=True):

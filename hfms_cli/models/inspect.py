@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hfms_cli.errors import LoadFailed
-from hfms_cli.models.gguf import read_gguf
+from hfms_cli.models.gguf import GgufHeader, read_gguf
 from hfms_cli.types import ModelCard, Task
 
 __all__ = ["inspect"]
@@ -295,7 +295,21 @@ def _gguf(folder: Path, found: list[str]) -> ModelCard:
         dtype=max(headers, key=lambda h: h.parameters).dtype,
         context_length=head.number(f"{architecture}.context_length"),
         weights=tuple(found),
+        token_cache_bytes=_token_cache_bytes(head),
+        chat_template=bool(head.text("tokenizer.chat_template")),
     )
+
+
+def _token_cache_bytes(head: GgufHeader) -> int:
+    """Keys and values of one token in all layers, two bytes a number, as if every layer looked at the whole text."""
+
+    def number(key: str) -> int:
+        return head.number(f"{head.architecture}.{key}")
+
+    heads = number("attention.head_count")
+    usual = number("embedding_length") // heads if heads else 0
+    width = (number("attention.key_length") or usual) + (number("attention.value_length") or usual)
+    return 2 * number("block_count") * (number("attention.head_count_kv") or heads) * width
 
 
 def _pickle(folder: Path, names: set[str], config: _Config, found: list[str]) -> ModelCard:

@@ -8,6 +8,7 @@ from hfms_cli import Engine, Provider, Storage, hookimpl
 from hfms_engines.echo import EchoEngine, EchoOptions, EchoStorage
 from hfms_engines.embeddings import Embeddings, EmbeddingsOptions
 from hfms_engines.generation import GenerationEngine, GenerationOptions
+from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
 from hfms_engines.openvino import OpenVinoEngine, OpenVinoOptions
 
 
@@ -16,6 +17,7 @@ def hfms_engines() -> Iterator[Provider[Engine]]:
     yield Provider("echo", EchoEngine, EchoOptions, summary="Answers with the prompt: for tests and measurements.")
     yield Provider("openvino", OpenVinoEngine, OpenVinoOptions, summary="Text generation on CPUs, fast and batched.")
     yield Provider("transformers", GenerationEngine, GenerationOptions, summary="Text generation by torch, batched.")
+    yield Provider("llama_cpp", LlamaCppEngine, LlamaCppOptions, summary="Text generation from GGUF, without torch.")
     yield Provider("embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings, as sentence-transformers.")
 
 

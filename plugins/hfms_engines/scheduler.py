@@ -24,15 +24,14 @@ from hfms_cli import (
     BadRequest,
     Call,
     Chunk,
-    ContextLengthExceeded,
     Conversation,
     DoesNotFit,
     EngineFault,
     HfmsError,
     LoadedInfo,
-    NoChatTemplate,
     Sampling,
 )
+from hfms_engines import limits
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.text import Detokenizer, StopStrings
@@ -204,19 +203,18 @@ class Scheduler(ABC):
 
     def submit(self, call: Call) -> None:
         """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
-        if call.task != "generate":
-            raise BadRequest(
-                f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model"
-            )
+        limits.check_call(call, self._runner.vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
-        self._check(call.sampling)
         prompts = [Prompt(self._tokens(entry)) for entry in call.inputs]
-        limits = [self._limit(prompt, entry, call.sampling) for prompt, entry in zip(prompts, call.inputs, strict=True)]
+        most = [
+            limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
+            for prompt, entry in zip(prompts, call.inputs, strict=True)
+        ]
         who = call.caller.key_id or call.caller.address
         kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)
         self._calls[call.id] = kept
-        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
                 self._line.enter(self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling))
 
@@ -233,20 +231,7 @@ class Scheduler(ABC):
             stop_ids=frozenset() if sampling.ignore_eos else runner.stop_ids,
         )
 
-    def _check(self, sampling: Sampling) -> None:
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise BadRequest("`max_tokens` must be 1 or more.", param="max_tokens")
-        for token in sampling.logit_bias or ():
-            self._check_token(token, "logit_bias")
-
-    def _check_token(self, token: int, param: str) -> None:
-        if not 0 <= token < self._runner.vocabulary:
-            raise BadRequest(
-                f"Token {token} is not in the model's vocabulary, which has {self._runner.vocabulary} tokens.",
-                param=param,
-            )
-
-    def _tokens(self, entry: str | list[int] | Conversation) -> list[int]:
+    def _tokens(self, entry: limits.Entry) -> list[int]:
         tokenizer = self._runner.tokenizer
         if isinstance(entry, Conversation):
             ids = self._chat(entry)
@@ -257,9 +242,7 @@ class Scheduler(ABC):
         else:
             ids = entry
             for token in ids:
-                self._check_token(token, "prompt")
-        if not ids:
-            raise BadRequest("The prompt is empty.", param=_param(entry))
+                limits.check_token(token, self._runner.vocabulary, "prompt")
         return list(ids)
 
     def _chat(self, chat: Conversation) -> list[int]:
@@ -267,10 +250,7 @@ class Scheduler(ABC):
 
         tokenizer = self._runner.tokenizer
         if not getattr(tokenizer, "chat_template", None):
-            raise NoChatTemplate(
-                "This model has no chat template, so it cannot hold a conversation; use /v1/completions.",
-                param="messages",
-            )
+            raise limits.no_chat_template()
         extra = chat.template_kwargs or {}
         if taken := sorted(_NOT_FOR_TEMPLATES & extra.keys()):
             raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
@@ -281,26 +261,8 @@ class Scheduler(ABC):
         except TemplateError as exc:
             raise BadRequest(f"The model's chat template refuses these messages: {exc}", param="messages") from exc
         except Exception as exc:
-            raise BadRequest(
-                "The model's chat template cannot make a prompt of these messages; check their roles and the types of"
-                " their contents.",
-                param="messages",
-            ) from exc
+            raise limits.unfit_messages() from exc
         return ids
-
-    def _limit(self, prompt: Prompt, entry: Any, sampling: Sampling) -> int:
-        """Tokens that an answer to this prompt may have. Nothing is ever cut to fit."""
-        most, there = self.info.context_length, len(prompt.ids)
-        limit = sampling.max_tokens if sampling.max_tokens is not None else max(1, most - there)
-        if there + limit > most:
-            where = _param(entry)
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {most} tokens. However, you requested {there + limit} tokens"
-                f" ({there} in the {where}, {limit} in the completion). Please reduce the length of the {where} or of"
-                " the completion.",
-                param=where,
-            )
-        return limit
 
     def cancel(self, call_id: str) -> None:
         self._forget(call_id)
@@ -427,7 +389,3 @@ class Scheduler(ABC):
         for seq in [s for s in self._under_way() if s.call is call]:
             self._leave(seq)
             self._line.leave(seq)
-
-
-def _param(entry: str | list[int] | Conversation) -> str:
-    return "messages" if isinstance(entry, Conversation) else "prompt"

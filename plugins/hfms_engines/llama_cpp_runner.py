@@ -1,0 +1,505 @@
+"""A GGUF model in llama.cpp's own server, which lives in this process. For worker processes only.
+
+llama.cpp runs a loop of its own, in a thread of its own: it batches what is in its slots, step by step. Here
+
+    submit   call -> prompts as tokens -> sequences, in order of arrival, in `_waiting`
+    begin    the first of them take slots, as many as there are, while the cache has room for all that they may need
+    hear     llama.cpp says each token to the sequence's thread, which waits for nothing else
+    step     hands on what was heard
+
+The threads only wait for llama.cpp, so their number costs nothing. Prompts become tokens before anything runs, so
+that what does not fit is refused with the right count. llama.cpp does that at its HTTP door only; the door is a socket
+in a folder that only this user can enter, and asks for a secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import msgspec
+import psutil
+import xllamacpp
+
+from hfms_cli import (
+    BadRequest,
+    Call,
+    Chunk,
+    Conversation,
+    EngineFault,
+    HfmsError,
+    LoadedInfo,
+    LoadFailed,
+    LoadRequest,
+    Sampling,
+)
+from hfms_engines import limits
+from hfms_engines.text import StopStrings
+
+__all__ = ["LlamaCpp", "load"]
+
+log = logging.getLogger("hfms.engine")
+
+T = TypeVar("T")
+Event = tuple[str, Chunk | HfmsError | None]
+
+LONGEST_STEP = 0.05
+"""Seconds that a step waits for llama.cpp to say something; new calls and cancels are seen between two steps."""
+
+# As in the other engines: below this, a temperature means the likeliest token.
+GREEDY = 1e-5
+# The other engines' order, which is vLLM's; llama.cpp's own applies the temperature last.
+SAMPLERS = ("penalties", "temperature", "min_p", "top_k", "top_p")
+# What llama.cpp cannot do as asked, with what it should be.
+REFUSED = {"min_tokens": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+# --- what llama.cpp says, as far as it is needed ---
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class _Timings(msgspec.Struct):
+    predicted_n: int = 0
+    """Tokens so far, with the one that ends the answer."""
+
+
+class _Failure(msgspec.Struct):
+    message: str = ""
+
+
+class _Said(msgspec.Struct):
+    choices: list[_Choice] = []
+    timings: _Timings = msgspec.field(default_factory=_Timings)
+    error: _Failure | None = None
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Prompted(msgspec.Struct):
+    prompt: str
+
+
+class _Meta(msgspec.Struct):
+    n_vocab: int
+
+
+class _Model(msgspec.Struct):
+    meta: _Meta
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Props(msgspec.Struct):
+    bos_token: str = ""
+
+
+# --- a sequence ---
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """One input of a call, shared by its choices."""
+
+    ids: list[int]
+    reported: bool = False
+    """A chunk has told how many tokens it has."""
+
+
+@dataclass(eq=False)
+class _Call:
+    id: str
+    unfinished: int
+    begun: bool = False
+    gone: bool = False
+    """Cancelled or failed: its threads stop at the next word from llama.cpp."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One choice of a call."""
+
+    call: _Call
+    index: int
+    prompt: _Prompt
+    limit: int
+    """Tokens that it may make."""
+    request: bytes
+    stops: StopStrings
+    made: int = 0
+    """Tokens that chunks have told of."""
+    finished: bool = False
+
+    @property
+    def needs(self) -> int:
+        """Tokens of cache that it can come to fill."""
+        return len(self.prompt.ids) + self.limit
+
+    def take(self, said: _Said) -> Chunk | None:
+        """What one word from llama.cpp means for the caller; None: nothing, for it is about the prompt."""
+        choice = said.choices[0]
+        new, self.made = said.timings.predicted_n - self.made, said.timings.predicted_n
+        text, stopped = self.stops.feed(choice.text)
+        if choice.finish_reason and not stopped:
+            text += self.stops.flush()
+        self.finished = stopped or choice.finish_reason is not None
+        if not (new or text or self.finished):
+            return None
+        reason = "stop" if stopped else choice.finish_reason
+        return Chunk(
+            index=self.index,
+            text=text,
+            tokens=new,
+            finish_reason=None if reason is None else "length" if reason == "length" else "stop",
+        )
+
+
+class LlamaCpp:
+    """A loaded model. Counts of tokens include the one that ends an answer, as vLLM's do."""
+
+    def __init__(self, server: Any, door: Door, info: LoadedInfo, *, cache_tokens: int, prefix_cache: bool) -> None:
+        self.info = info
+        self._server = server
+        self._door = door
+        self._vocabulary = door.ask("GET", "/v1/models", None, _Models).data[0].meta.n_vocab
+        self._first_token = door.ask("GET", "/props", None, _Props).bos_token
+        self._cache_tokens = cache_tokens
+        self._prefix_cache = prefix_cache
+        self._calls: dict[str, _Call] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[_Sequence, threading.Thread] = {}
+        """In slots, those that were cancelled and have not stopped yet among them."""
+        self._heard: SimpleQueue[tuple[_Sequence, Chunk | HfmsError | None]] = SimpleQueue()
+        """Filled by the threads; None: the sequence has left its slot."""
+
+    # --- calls in ---
+
+    def submit(self, call: Call) -> None:
+        """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
+        limits.check_call(call, self._vocabulary)
+        if call.id in self._calls:
+            raise BadRequest("A call with this id is under way.")
+        for name, usual in REFUSED.items():
+            if getattr(call.sampling, name) != usual:
+                raise BadRequest(
+                    f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the"
+                    " model.",
+                    param=name,
+                )
+        prompts = [_Prompt(self._tokens(entry)) for entry in call.inputs]
+        most = [
+            limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
+            for prompt, entry in zip(prompts, call.inputs, strict=True)
+        ]
+        kept = _Call(call.id, unfinished=len(prompts) * call.n)
+        self._calls[call.id] = kept
+        for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+            for k in range(call.n):
+                request = self._request(prompt.ids, limit, call.sampling, choice=k)
+                stops = StopStrings(call.sampling.stop)
+                self._waiting.append(_Sequence(kept, i * call.n + k, prompt, limit, request, stops))
+
+    def _tokens(self, entry: limits.Entry) -> list[int]:
+        if isinstance(entry, Conversation):
+            return self._tokenize(self._chat(entry))
+        if isinstance(entry, str):
+            return self._tokenize(entry) or self._tokenize(self._first_token)
+        for token in entry:
+            limits.check_token(token, self._vocabulary, "prompt")
+        return entry
+
+    def _tokenize(self, text: str) -> list[int]:
+        body = {"content": text, "add_special": True, "parse_special": True}
+        return self._door.ask("POST", "/tokenize", body, _Tokens).tokens
+
+    def _chat(self, chat: Conversation) -> str:
+        if not self.info.chat:
+            raise limits.no_chat_template()
+        extra = dict(chat.template_kwargs or {})
+        body = {
+            "messages": chat.messages,
+            "add_generation_prompt": bool(extra.pop("add_generation_prompt", True)),
+            "chat_template_kwargs": extra,
+        }
+        try:
+            return self._door.ask("POST", "/apply-template", body, _Prompted).prompt
+        except DoorClosed as exc:
+            raise limits.unfit_messages() from exc
+
+    def _request(self, ids: list[int], limit: int, sampling: Sampling, *, choice: int) -> bytes:
+        """One sequence in llama.cpp's words. What is not said here would be as the model's file says."""
+        repeats = sampling.repetition_penalty != 1
+        body: dict[str, Any] = {
+            "prompt": ids,
+            "n_predict": limit,
+            "samplers": SAMPLERS,
+            "temperature": sampling.temperature if sampling.temperature >= GREEDY else 0.0,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "min_keep": 0,
+            "mirostat": 0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repeat_penalty": sampling.repetition_penalty,
+            "repeat_last_n": len(ids) + limit if repeats else 0,
+            "logit_bias": list((sampling.logit_bias or {}).items()),
+            "ignore_eos": sampling.ignore_eos,
+            "cache_prompt": self._prefix_cache,
+            "stream": True,
+            # So a thread hears of every step, also while its prompt is read, and can stop there.
+            "return_progress": True,
+            # Some tokens have no text of their own; this counts them.
+            "timings_per_token": True,
+        }
+        if sampling.seed is not None:
+            body["seed"] = _seed(sampling.seed, choice)
+        return msgspec.json.encode(body)
+
+    def cancel(self, call_id: str) -> None:
+        self._forget(call_id)
+
+    # --- the state of things ---
+
+    def busy(self) -> bool:
+        return bool(self._calls)
+
+    def waiting(self) -> int:
+        return sum(not call.begun for call in self._calls.values())
+
+    def close(self) -> None:
+        """Waits for the slots to become free: a few steps of llama.cpp's."""
+        for call_id in list(self._calls):
+            self._forget(call_id)
+        for thread in self._running.values():
+            thread.join()
+        self._server = None
+        self._door.close()
+
+    # --- one step ---
+
+    def step(self) -> list[Event]:
+        """What llama.cpp has said since the last step; waits for it, but not longer than `LONGEST_STEP`."""
+        self._begin()
+        events: list[Event] = []
+        try:
+            heard = [self._heard.get(timeout=LONGEST_STEP)]
+            while not self._heard.empty():
+                heard.append(self._heard.get())
+        except Empty:
+            return events
+        for seq, outcome in heard:
+            if outcome is None:
+                del self._running[seq]
+            if seq.call.gone:
+                continue
+            if outcome is None and not seq.finished:
+                outcome = EngineFault("The model ended this answer too early.")
+            if isinstance(outcome, Chunk):
+                self._tell(seq, outcome, events)
+            elif outcome is not None:
+                self._forget(seq.call.id)
+                events.append((seq.call.id, outcome))
+        self._begin()
+        return events
+
+    def _tell(self, seq: _Sequence, chunk: Chunk, events: list[Event]) -> None:
+        if not seq.prompt.reported:
+            chunk.prompt_tokens = len(seq.prompt.ids)
+            seq.prompt.reported = True
+        events.append((seq.call.id, chunk))
+        if chunk.finish_reason:
+            seq.call.unfinished -= 1
+            if not seq.call.unfinished:
+                del self._calls[seq.call.id]
+                events.append((seq.call.id, None))
+
+    def _begin(self) -> None:
+        """Let in the first in line, while there are slots, and room for the longest answers of all that run.
+
+        llama.cpp has no way to make a sequence wait that has begun.
+        """
+        while self._waiting and len(self._running) < self.info.max_batch:
+            seq = self._waiting[0]
+            if sum(s.needs for s in self._running) + seq.needs > self._cache_tokens:
+                return
+            self._waiting.popleft()
+            seq.call.begun = True
+            thread = threading.Thread(target=self._run, args=(seq,), name=f"sequence {seq.index}", daemon=True)
+            self._running[seq] = thread
+            thread.start()
+
+    def _forget(self, call_id: str) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None:
+            call.gone = True
+            self._waiting = deque(s for s in self._waiting if s.call is not call)
+
+    # --- in the threads ---
+
+    def _run(self, seq: _Sequence) -> None:
+        try:
+            self._server.handle_completions(seq.request, partial(self._hear, seq))
+        except Exception:
+            log.exception("llama.cpp did not take a sequence")
+        finally:
+            self._heard.put((seq, None))
+
+    def _hear(self, seq: _Sequence, data: bytes) -> bool:
+        """Take a word from llama.cpp; True: the sequence leaves its slot now."""
+        if seq.call.gone:
+            return True
+        try:
+            said = msgspec.json.decode(data, type=_Said)
+            if said.error:
+                log.error("llama.cpp failed on a sequence: %s", said.error.message)
+                raise EngineFault("The model failed on this request.")
+            outcome: Chunk | HfmsError | None = seq.take(said)
+        except EngineFault as exc:
+            outcome = exc
+        except Exception:
+            log.exception("llama.cpp said what was not understood")
+            outcome = EngineFault("The model's output could not become text.")
+        if outcome is not None:
+            self._heard.put((seq, outcome))
+        return seq.finished or isinstance(outcome, HfmsError)
+
+
+def _seed(seed: int, choice: int) -> int:
+    """llama.cpp's seeds have 32 bits, of which all set means none; answers to one seed differ by their choice."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:4]) % (2**32 - 1)
+
+
+# --- llama.cpp's door ---
+
+
+class DoorClosed(Exception):
+    """llama.cpp did not do what it was asked for."""
+
+
+@dataclass
+class Door:
+    """llama.cpp's HTTP server, on a socket that nobody else can reach."""
+
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hfms-llama-")))
+    secret: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+
+    @property
+    def path(self) -> str:
+        return str(self.folder / "s.sock")
+
+    def ask(self, method: str, path: str, body: Any, answer: type[T]) -> T:
+        """Raises DoorClosed."""
+        connection = _UnixConnection(self.path)
+        try:
+            headers = {"Authorization": f"Bearer {self.secret}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else msgspec.json.encode(body), headers)
+            response = connection.getresponse()
+            data = response.read()
+            if response.status != 200:
+                raise DoorClosed(f"{path}: {response.status}")
+            return msgspec.json.decode(data, type=answer)
+        except (OSError, http.client.HTTPException, msgspec.MsgspecError) as exc:
+            raise DoorClosed(path) from exc
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("llama.cpp")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+# --- loading ---
+
+
+def load(
+    request: LoadRequest,
+    *,
+    cache_tokens: int,
+    max_batch: int,
+    prefill_tokens: int,
+    prefix_cache: bool,
+    memory_bytes: int,
+) -> LlamaCpp:
+    """Start llama.cpp with a model in it. Call it in the main thread. Raises LoadFailed."""
+    card = request.card
+    if request.dtype != "auto":
+        raise LoadFailed("llama.cpp runs a GGUF in the types that it holds; set [models] dtype to auto.")
+    door = Door()
+    params = xllamacpp.CommonParams()
+    params.model.path = str(request.folder / card.weights[0])  # llama.cpp finds the other parts by their names
+    params.hostnames, params.api_keys = [door.path], [door.secret]
+    params.n_threads_http = 1
+    params.endpoint_slots = params.ui = False
+    params.verbosity = 1  # errors; more would hold prompts
+    params.n_parallel = max_batch
+    params.n_ctx = cache_tokens
+    params.kv_unified = True  # one cache for all slots, so that one text can be as long as the model allows
+    params.fit_params = False
+    params.cache_ram_mib = 0
+    params.cache_idle_slots = False
+    params.n_batch = max(prefill_tokens, max_batch)
+    params.n_ubatch = min(params.n_ubatch, params.n_batch)
+    params.prefill_assistant = False  # the last message is over, whoever said it
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _cores()
+    # llama.cpp takes the process's signals for itself.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as exc:
+        door.close()
+        raise LoadFailed(
+            f"llama.cpp cannot load this GGUF: it does not know the architecture `{card.architecture}`, the file is"
+            " damaged, or memory is short; the log says which."
+        ) from exc
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    context = min(card.context_length or cache_tokens, cache_tokens)
+    info = LoadedInfo(
+        engine="llama_cpp",
+        device=request.device.id,
+        dtype=card.dtype,
+        tasks=("generate",),
+        context_length=context,
+        max_batch=max_batch,
+        memory_bytes=memory_bytes,
+        chat=card.chat_template,
+    )
+    return LlamaCpp(server, door, info, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+
+
+def _cores() -> int:
+    """Cores that this process may use: a second thread on one core only takes its turn."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
