@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hfms_engines.llama_cpp_runner import LlamaCpp
 
 # What a process with llama.cpp in it, and its buffers, take beside weights and cache.
-WORKING_BYTES = 192 * 2**20
+WORKING_BYTES = 128 * 2**20
 # Unless the operator says otherwise, the cache holds so many texts of the model's full length,
 TEXTS = 4
 # or takes so much of the memory that is free when the weights are in.
@@ -40,7 +40,9 @@ class LlamaCppOptions:
         " short.",
         ge=0,
     )
-    prefix_cache: bool = setting(True, "Keep what a sequence has read for the next one that begins alike.")
+    prefix_cache: bool = setting(
+        False, "Read again only what is new in a prompt; of two words that are equally likely, either may then come."
+    )
 
 
 class LlamaCppEngine:

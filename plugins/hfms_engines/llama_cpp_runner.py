@@ -455,12 +455,15 @@ def load(
     card = request.card
     if request.dtype != "auto":
         raise LoadFailed("llama.cpp runs a GGUF in the types that it holds; set [models] dtype to auto.")
+    # When llama.cpp aborts, it would have a debugger print what is on the stack.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     door = Door()
     params = xllamacpp.CommonParams()
     params.model.path = str(request.folder / card.weights[0])  # llama.cpp finds the other parts by their names
     params.hostnames, params.api_keys = [door.path], [door.secret]
     params.n_threads_http = 1
     params.endpoint_slots = params.ui = False
+    params.endpoint_metrics = True
     params.verbosity = 1  # errors; more would hold prompts
     params.n_parallel = max_batch
     params.n_ctx = cache_tokens
@@ -468,7 +471,7 @@ def load(
     params.fit_params = False
     params.cache_ram_mib = 0
     params.cache_idle_slots = False
-    params.n_batch = max(prefill_tokens, max_batch)
+    params.n_batch = max(prefill_tokens, max_batch, 2)  # a token of each slot fits, and the two of the warm-up
     params.n_ubatch = min(params.n_ubatch, params.n_batch)
     params.prefill_assistant = False  # the last message is over, whoever said it
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _cores()
@@ -485,6 +488,7 @@ def load(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    server.handle_metrics()  # answered once its loop turns; if it were ended before that, it would never end
     context = min(card.context_length or cache_tokens, cache_tokens)
     info = LoadedInfo(
         engine="llama_cpp",

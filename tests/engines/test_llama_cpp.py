@@ -1,0 +1,432 @@
+"""The llama_cpp engine on SmolLM2's GGUF: what is mapped, what is refused, and that it needs no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import gguf
+import msgspec
+import pytest
+
+from hfms_cli import (
+    BadRequest,
+    ContextLengthExceeded,
+    Conversation,
+    Device,
+    DoesNotFit,
+    EngineFault,
+    LoadFailed,
+    LoadRequest,
+    NoChatTemplate,
+)
+from hfms_cli.models.inspect import inspect
+from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
+from tests.conftest import SMOLLM2
+from tests.engines.driving import CPU, Answers, ask, call, drain
+
+pytest.importorskip("xllamacpp")
+
+FRANCE = "The capital of France is"
+HELLO = Conversation(messages=[{"role": "user", "content": "Say hello."}])
+TOKEN_BYTES = 23_040
+"""Keys and values of one token of SmolLM2: 30 layers, 3 heads of 64, keys and values, 2 bytes."""
+
+
+def request(folder: Path, *, dtype: str = "auto", device: Device = CPU, **more) -> LoadRequest:
+    return LoadRequest(folder=folder, card=msgspec.structs.replace(inspect(folder), **more), device=device, dtype=dtype)
+
+
+def load(folder: Path, **options):
+    return LlamaCppEngine(LlamaCppOptions(**options)).load(request(folder))
+
+
+def rewritten(source: Path, out: Path, *, without: tuple[str, ...] = (), **writing) -> None:
+    """A copy of a GGUF, less some of what it says of itself."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, "llama", **writing)
+    for name, value in reader.fields.items():
+        if name in without or name.startswith(("GGUF.", "general.architecture")):
+            continue
+        inner = value.types[-1] if value.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value.contents(), value.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.data.shape, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    """Shared, so tests leave it idle."""
+    loaded = load(smollm2, max_batch=4, prefill_tokens=64, kv_cache_bytes=2048 * TOKEN_BYTES)
+    yield loaded
+    loaded.close()
+
+
+# --- what it answers ---
+
+
+def test_text_and_token_ids_and_chats_are_answered(model):
+    ids = model._tokenize(FRANCE)
+    assert ask(model, FRANCE, max_tokens=2).text("a") == " Paris."
+    assert ask(model, ids, max_tokens=2).text("a") == " Paris."
+    answers = ask(model, HELLO, max_tokens=30)
+    assert "hello" in answers.text("a").lower()
+    assert answers.prompt_tokens("a") == [33]
+
+
+def test_tokens_are_counted_as_they_are_told_and_prompts_once(model):
+    answers = ask(model, FRANCE, "Once", n=2, max_tokens=5)
+    assert answers.prompt_tokens("a") == [5, 1]
+    assert [answers.tokens("a", i) for i in range(4)] == [5] * 4
+    assert [answers.finish("a", i) for i in range(4)] == ["length"] * 4
+    ended = ask(model, HELLO, max_tokens=100)
+    assert ended.finish("a") == "stop"
+    # The last token ends the answer and has no text.
+    assert ended.tokens("a") == len(model._tokenize(ended.text("a"))) + 1
+
+
+def test_greedy_answers_are_the_same_each_time(model):
+    first = ask(model, FRANCE, max_tokens=40).text("a")
+    ask(model, "Something else came between", max_tokens=10)
+    assert ask(model, FRANCE, max_tokens=40).text("a") == first
+
+
+def test_an_answer_without_a_limit_goes_on_until_the_context_is_full(smollm2):
+    model = load(smollm2, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        assert model.info.context_length == 256
+        answers = ask(model, FRANCE, max_tokens=None, ignore_eos=True)
+        assert (answers.tokens("a"), answers.finish("a")) == (251, "length")
+    finally:
+        model.close()
+
+
+def test_more_sequences_than_slots_and_cache_are_all_answered(model):
+    alone = ask(model, FRANCE, max_tokens=3).text("a")
+    for i in range(9):
+        model.submit(call(str(i), FRANCE, max_tokens=3 if i % 2 else 700, ignore_eos=True))
+    assert model.waiting() == 9
+    answers = drain(model)
+    assert answers.ended == {str(i): None for i in range(9)}
+    assert all(answers.text(str(i)) == alone for i in range(1, 9, 2))
+    assert all(answers.tokens(str(i)) == 700 for i in range(0, 9, 2))
+
+
+def test_what_idle_slots_have_kept_makes_room(smollm2):
+    model = load(smollm2, max_batch=4, prefix_cache=True, kv_cache_bytes=512 * TOKEN_BYTES)
+    try:
+        for i in range(8):
+            answers = ask(model, f"{i} " * 150, max_tokens=100, ignore_eos=True)
+            assert answers.ended == {"a": None}
+            assert answers.tokens("a") == 100
+    finally:
+        model.close()
+
+
+# --- sampling ---
+
+
+def test_a_seed_gives_the_same_answers_again_and_each_choice_another(model):
+    first = ask(model, FRANCE, n=3, temperature=1.0, seed=7, max_tokens=12)
+    again = ask(model, FRANCE, n=3, temperature=1.0, seed=7, max_tokens=12)
+    said = [first.text("a", i) for i in range(3)]
+    assert len(set(said)) == 3
+    assert [again.text("a", i) for i in range(3)] == said
+    assert ask(model, FRANCE, temperature=1.0, seed=8, max_tokens=12).text("a") != said[0]
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+def test_top_k_and_top_p_and_min_p_narrow_the_choice(model, narrow):
+    greedy = ask(model, FRANCE, max_tokens=8).text("a")
+    assert ask(model, FRANCE, max_tokens=8, temperature=2.0, seed=1, **narrow).text("a") == greedy
+    assert ask(model, FRANCE, max_tokens=8, temperature=2.0, seed=1).text("a") != greedy
+
+
+def test_the_temperature_comes_before_top_p(model):
+    """At a high temperature nearly every word counts, so half of their sum is reached by many."""
+    said = {ask(model, FRANCE, max_tokens=1, temperature=5.0, top_p=0.5, seed=i).text("a") for i in range(8)}
+    assert len(said) > 4
+
+
+def test_a_bias_lifts_or_bans_a_token(model):
+    [paris] = model._tokenize(" Paris")
+    assert ask(model, FRANCE, max_tokens=3, logit_bias={paris: 100.0}).text("a") == " Paris" * 3
+    assert "Paris" not in ask(model, FRANCE, max_tokens=3, logit_bias={paris: -100.0}).text("a")
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer(model):
+    said = "Paris Paris Paris Paris"
+    assert ask(model, said, max_tokens=4).text("a") == " Paris" * 4
+    words = ask(model, said, max_tokens=4, repetition_penalty=5.0).text("a").split()
+    assert "Paris" not in words
+    assert len(set(words)) == len(words)
+
+
+def test_ignore_eos_goes_on_to_the_limit(model):
+    assert ask(model, HELLO, max_tokens=60).finish("a") == "stop"
+    answers = ask(model, HELLO, max_tokens=60, ignore_eos=True)
+    assert (answers.finish("a"), answers.tokens("a")) == ("length", 60)
+
+
+@pytest.mark.parametrize("stop", [("Paris",), ("ris.", "zzz"), (" Paris.\n\nThe",)])
+def test_a_stop_string_ends_the_answer_and_is_never_shown(model, stop):
+    whole = ask(model, FRANCE, max_tokens=12).text("a")
+    answers = ask(model, FRANCE, max_tokens=12, stop=stop)
+    assert answers.text("a") == whole[: whole.index(stop[0])]
+    assert answers.finish("a") == "stop"
+    assert answers.tokens("a") <= 12
+
+
+def test_characters_come_whole(model):
+    """Every token of this answer is one of several bytes of a character."""
+    text = "日本語 🤖 👩‍👩‍👧‍👦"
+    asked = Conversation(messages=[{"role": "user", "content": f"Repeat exactly, and say nothing else: {text} {text}"}])
+    biased = dict.fromkeys(model._tokenize(text), 8.0)
+    answers = ask(model, asked, max_tokens=60, logit_bias=biased)
+    chunks = [c.text for c in answers.chunks["a"]]
+    assert any(ord(char) > 0x3000 for char in answers.text("a"))
+    assert "" in chunks[:-1], "some tokens were waited with"
+    assert "\ufffd" not in "".join(chunks)
+    assert sum(c.tokens for c in answers.chunks["a"]) == answers.tokens("a") <= 60
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "param"),
+    [
+        (FRANCE, {"min_tokens": 2}, "min_tokens"),
+        (FRANCE, {"presence_penalty": 0.5}, "presence_penalty"),
+        (FRANCE, {"frequency_penalty": -0.5}, "frequency_penalty"),
+        (FRANCE, {"max_tokens": 0}, "max_tokens"),
+        (FRANCE, {"logit_bias": {10**6: 1.0}}, "logit_bias"),
+        ([1, 10**6], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([], {}, "prompt"),
+        (Conversation(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), {}, "messages"),
+        (Conversation(messages=[{"role": "user"}]), {}, "messages"),
+    ],
+)
+def test_what_cannot_be_done_as_asked_is_refused_by_its_field(model, prompt, sampling, param):
+    with pytest.raises(BadRequest) as refused:
+        model.submit(call("a", prompt, **sampling))
+    assert refused.value.param == param
+    assert not model.busy()
+
+
+def test_an_empty_text_is_the_token_that_texts_begin_with(model):
+    assert ask(model, "", max_tokens=2).prompt_tokens("a") == [1]
+
+
+@pytest.mark.parametrize(("prompt", "where"), [(FRANCE, "prompt"), (HELLO, "messages")])
+def test_what_is_longer_than_the_context_is_refused_before_anything_runs(model, prompt, where):
+    with pytest.raises(ContextLengthExceeded) as refused:
+        model.submit(call("a", prompt, max_tokens=2048))
+    assert refused.value.param == where
+    assert "maximum context length is 2048 tokens" in refused.value.message
+    assert not model.busy()
+
+
+def test_a_model_without_a_template_holds_no_conversation(smollm2, tmp_path):
+    rewritten(next(smollm2.glob("*.gguf")), tmp_path / "plain.gguf", without=("tokenizer.chat_template",))
+    model = load(tmp_path, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        assert not model.info.chat
+        with pytest.raises(NoChatTemplate):
+            model.submit(call("a", HELLO))
+        assert ask(model, FRANCE, max_tokens=1).text("a") == " Paris"
+    finally:
+        model.close()
+
+
+# --- leaving early, and failing ---
+
+
+def test_a_cancelled_call_says_no_more_and_its_slot_is_free_for_the_next(smollm2):
+    model = load(smollm2, max_batch=1, kv_cache_bytes=4096 * TOKEN_BYTES)
+    try:
+        model.submit(call("long", FRANCE, max_tokens=4000, ignore_eos=True))
+        model.submit(call("next", FRANCE, max_tokens=1))
+        answers = Answers()
+        while not answers.chunks["long"]:
+            answers.take(model.step())
+        told = answers.tokens("long")
+        model.cancel("long")
+        model.cancel("unknown")
+        drain(model, answers)
+        assert answers.tokens("long") == told
+        assert answers.ended == {"next": None}
+        assert answers.text("next") == " Paris"
+    finally:
+        model.close()
+
+
+def test_a_call_is_cancelled_while_its_prompt_is_read(smollm2):
+    model = load(smollm2, max_batch=1, prefill_tokens=16, kv_cache_bytes=4096 * TOKEN_BYTES)
+    try:
+        model.submit(call("long", [504] * 4000, max_tokens=1))
+        while model.waiting():
+            model.step()
+        [thread] = model._running.values()
+        model.cancel("long")
+        assert not model.busy()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert ask(model, FRANCE, max_tokens=1).text("a") == " Paris"
+    finally:
+        model.close()
+
+
+def test_a_failure_of_llama_cpp_fails_the_call_and_tells_no_more_of_it(model, caplog):
+    model.submit(call("bad", FRANCE))
+    [seq] = model._waiting
+    seq.request = seq.request.replace(b'"prompt":[', b'"prompt":[99999999,')
+    model.submit(call("good", FRANCE, max_tokens=1))
+    answers = drain(model)
+    assert isinstance(answers.ended["bad"], EngineFault)
+    assert "invalid tokens" not in answers.ended["bad"].message
+    assert "invalid tokens" in caplog.text
+    assert answers.text("good") == " Paris"
+
+
+def test_closing_ends_its_threads_and_leaves_no_file(smollm2):
+    before = threading.active_count()
+    model = load(smollm2, kv_cache_bytes=2048 * TOKEN_BYTES)
+    folder = model._door.folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    model.submit(call("a", FRANCE, max_tokens=2000, ignore_eos=True))
+    model.step()
+    model.close()
+    assert not model.busy()
+    assert not folder.exists()
+    assert threading.active_count() == before
+
+
+def test_llama_cpp_leaves_the_signals_of_the_process_alone(model):
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert ask(model, FRANCE, max_tokens=1).text("a") == " Paris"
+
+
+# --- loading ---
+
+
+def test_what_it_does_not_run_is_said_before_anything_is_loaded(smollm2):
+    engine, good = LlamaCppEngine(), inspect(smollm2)
+    assert engine.supports(good, CPU) is None
+    assert "CPUs" in engine.supports(good, msgspec.structs.replace(CPU, kind="cuda"))
+    for change, word in (({"format": "safetensors"}, "no GGUF"), ({"tasks": ("embed",)}, "does not generate")):
+        assert word in engine.supports(msgspec.structs.replace(good, **change), CPU)
+
+
+def test_a_file_that_llama_cpp_cannot_load_says_which_and_leaves_nothing(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "doors"))
+    (tmp_path / "doors").mkdir()
+    (tmp_path / "model").mkdir()
+    name = next(smollm2.glob("*.gguf")).name
+    (tmp_path / "model" / name).write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(LoadFailed, match="architecture `llama`"):
+        LlamaCppEngine().load(replace(request(smollm2), folder=tmp_path / "model"))
+    assert list((tmp_path / "doors").iterdir()) == []
+
+
+def test_only_the_precision_of_the_file_is_served(smollm2):
+    with pytest.raises(LoadFailed, match="dtype"):
+        LlamaCppEngine().load(request(smollm2, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "cache"),
+    [
+        ({}, 2**40, 4 * 8192),
+        ({"max_batch": 2}, 2**40, 2 * 8192),
+        ({}, 2**30, 9216),
+        ({"kv_cache_bytes": 1000 * TOKEN_BYTES}, 2**30, 768),
+        ({"kv_cache_bytes": 10**12, "max_batch": 3}, 2**30, 3 * 8192),
+        ({}, 0, 0),
+    ],
+)
+def test_an_estimate_counts_the_cache_that_is_made(smollm2, options, free, cache):
+    wish = request(smollm2, device=msgspec.structs.replace(CPU, free_bytes=free))
+    weights, work = 96_576_768, 128 * 2**20
+    engine = LlamaCppEngine(LlamaCppOptions(**options))
+    assert engine.estimate(wish) == weights + work + cache * TOKEN_BYTES
+    if not cache:
+        with pytest.raises(DoesNotFit, match="kv_cache_bytes"):
+            engine.load(wish)
+
+
+def test_a_model_in_parts_is_one_model(smollm2, tmp_path):
+    out = tmp_path / "part.gguf"
+    rewritten(next(smollm2.glob("*.gguf")), out, split_max_tensors=150)
+    assert len(list(tmp_path.iterdir())) == 2
+    model = load(tmp_path, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        assert ask(model, FRANCE, max_tokens=2).text("a") == " Paris."
+    finally:
+        model.close()
+
+
+# --- over HTTP ---
+
+
+# Read by every Python that starts with it on its path.
+BLOCKED = """
+from importlib.machinery import PathFinder
+
+missing = {"accelerate", "gguf", "numpy", "openvino", "tokenizers", "torch", "transformers"}
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in missing else find(name, *rest)
+"""
+
+
+@pytest.mark.real_model
+async def test_a_gguf_is_served_where_torch_and_transformers_and_numpy_are_missing(environ, free_port, tmp_path):
+    """The whole server, in processes that cannot import them."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    env = environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [environ.get("PYTHONPATH")])])}
+    probe = (
+        "import importlib.util, sys; sys.exit(any(map(importlib.util.find_spec, ['torch', 'transformers', 'numpy'])))"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], env=env, check=False).returncode == 0
+    serve = [sys.executable, "-m", "hfms_cli", "serve", SMOLLM2, "--port", str(free_port)]
+    url = f"http://127.0.0.1:{free_port}"
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(serve, cwd=tmp_path, env=env, stdout=log, stderr=log) as server,
+    ):
+        try:
+            async with aiohttp.ClientSession(url) as session, asyncio.timeout(120):
+                while not await ready(session):
+                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    await asyncio.sleep(0.1)
+                body = {"model": SMOLLM2, "prompt": FRANCE, "max_tokens": 2, "temperature": 0}
+                async with session.post("/v1/completions", json=body) as response:
+                    answer = await response.json()
+                async with session.get("/models") as response:
+                    [loaded] = (await response.json())["data"]
+        finally:
+            server.terminate()
+    assert FRANCE + answer["choices"][0]["text"] == "The capital of France is Paris."
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert loaded["engine"] == "llama_cpp"
+
+
+async def ready(session: aiohttp.ClientSession) -> bool:
+    try:
+        async with session.get("/ready") as response:
+            return response.status == 200
+    except aiohttp.ClientConnectionError:
+        return False
