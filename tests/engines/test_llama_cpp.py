@@ -112,24 +112,30 @@ def test_an_answer_without_a_limit_goes_on_until_the_context_is_full(smollm2):
         model.close()
 
 
-def test_more_sequences_than_slots_and_cache_are_all_answered(model):
-    alone = ask(model, FRANCE, max_tokens=3).text("a")
-    for i in range(9):
-        model.submit(call(str(i), FRANCE, max_tokens=3 if i % 2 else 700, ignore_eos=True))
-    assert model.waiting() == 9
-    answers = drain(model)
-    assert answers.ended == {str(i): None for i in range(9)}
-    assert all(answers.text(str(i)) == alone for i in range(1, 9, 2))
-    assert all(answers.tokens(str(i)) == 700 for i in range(0, 9, 2))
+def test_more_sequences_than_slots_and_cache_are_all_answered(smollm2):
+    """Each of the long ones may come to need most of the cache."""
+    model = load(smollm2, max_batch=2, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        for i in range(3):
+            model.submit(call(f"long {i}", FRANCE, max_tokens=150, ignore_eos=True))
+            model.submit(call(f"short {i}", FRANCE, max_tokens=2))
+        assert model.waiting() == 6
+        answers = drain(model)
+        assert set(answers.ended.values()) == {None}
+        assert [answers.tokens(f"long {i}") for i in range(3)] == [150] * 3
+        assert [answers.text(f"short {i}") for i in range(3)] == [" Paris."] * 3
+    finally:
+        model.close()
 
 
 def test_what_idle_slots_have_kept_makes_room(smollm2):
-    model = load(smollm2, max_batch=4, prefix_cache=True, kv_cache_bytes=512 * TOKEN_BYTES)
+    model = load(smollm2, max_batch=4, prefix_cache=True, kv_cache_bytes=256 * TOKEN_BYTES)
     try:
-        for i in range(8):
-            answers = ask(model, f"{i} " * 150, max_tokens=100, ignore_eos=True)
+        for i in range(4):
+            answers = ask(model, f"{i} " * 50, max_tokens=50, ignore_eos=True)
+            assert answers.prompt_tokens("a")[0] + answers.tokens("a") > 256 / 4
             assert answers.ended == {"a": None}
-            assert answers.tokens("a") == 100
+            assert answers.tokens("a") == 50
     finally:
         model.close()
 
@@ -137,13 +143,14 @@ def test_what_idle_slots_have_kept_makes_room(smollm2):
 # --- sampling ---
 
 
-def test_a_seed_gives_the_same_answers_again_and_each_choice_another(model):
-    first = ask(model, FRANCE, n=3, temperature=1.0, seed=7, max_tokens=12)
-    again = ask(model, FRANCE, n=3, temperature=1.0, seed=7, max_tokens=12)
-    said = [first.text("a", i) for i in range(3)]
-    assert len(set(said)) == 3
-    assert [again.text("a", i) for i in range(3)] == said
-    assert ask(model, FRANCE, temperature=1.0, seed=8, max_tokens=12).text("a") != said[0]
+def test_a_seed_gives_the_same_answer_again(model):
+    said = [ask(model, FRANCE, temperature=1.0, seed=seed, max_tokens=12).text("a") for seed in (7, 7, 8)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_choices_of_one_seed_differ(model):
+    answers = ask(model, FRANCE, n=3, temperature=1.0, seed=7, max_tokens=12)
+    assert len({answers.text("a", i) for i in range(3)}) == 3
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
@@ -166,11 +173,11 @@ def test_a_bias_lifts_or_bans_a_token(model):
 
 
 def test_a_repetition_penalty_counts_prompt_and_answer(model):
-    said = "Paris Paris Paris Paris"
-    assert ask(model, said, max_tokens=4).text("a") == " Paris" * 4
-    words = ask(model, said, max_tokens=4, repetition_penalty=5.0).text("a").split()
-    assert "Paris" not in words
-    assert len(set(words)) == len(words)
+    said = "red, red, red, red,"
+    assert ask(model, said, max_tokens=4).text("a") == " red, red,"
+    penalised = ask(model, said, max_tokens=4, repetition_penalty=5.0).text("a")
+    assert "red" not in penalised
+    assert "," not in penalised
 
 
 def test_ignore_eos_goes_on_to_the_limit(model):
@@ -188,17 +195,13 @@ def test_a_stop_string_ends_the_answer_and_is_never_shown(model, stop):
     assert answers.tokens("a") <= 12
 
 
-def test_characters_come_whole(model):
-    """Every token of this answer is one of several bytes of a character."""
-    text = "日本語 🤖 👩‍👩‍👧‍👦"
-    asked = Conversation(messages=[{"role": "user", "content": f"Repeat exactly, and say nothing else: {text} {text}"}])
-    biased = dict.fromkeys(model._tokenize(text), 8.0)
-    answers = ask(model, asked, max_tokens=60, logit_bias=biased)
-    chunks = [c.text for c in answers.chunks["a"]]
-    assert any(ord(char) > 0x3000 for char in answers.text("a"))
-    assert "" in chunks[:-1], "some tokens were waited with"
-    assert "\ufffd" not in "".join(chunks)
-    assert sum(c.tokens for c in answers.chunks["a"]) == answers.tokens("a") <= 60
+def test_characters_come_whole_and_every_token_of_them_is_counted(model):
+    answers = ask(model, "🦜 " * 4 + "🦜", max_tokens=11)
+    told = [(c.text, c.tokens) for c in answers.chunks["a"]]
+    assert told[:3] == [(" 🦜", 3)] * 3
+    # The limit came in the middle of the fourth.
+    assert "\ufffd" not in answers.text("a")
+    assert (answers.tokens("a"), answers.finish("a")) == (11, "length")
 
 
 # --- what it refuses ---
@@ -302,7 +305,6 @@ def test_a_failure_of_llama_cpp_fails_the_call_and_tells_no_more_of_it(model, ca
 
 
 def test_closing_ends_its_threads_and_leaves_no_file(smollm2):
-    before = threading.active_count()
     model = load(smollm2, kv_cache_bytes=2048 * TOKEN_BYTES)
     folder = model._door.folder
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -311,7 +313,7 @@ def test_closing_ends_its_threads_and_leaves_no_file(smollm2):
     model.close()
     assert not model.busy()
     assert not folder.exists()
-    assert threading.active_count() == before
+    assert not [t for t in threading.enumerate() if t.name.startswith("sequence")]
 
 
 def test_llama_cpp_leaves_the_signals_of_the_process_alone(model):
@@ -352,7 +354,7 @@ def test_only_the_precision_of_the_file_is_served(smollm2):
     [
         ({}, 2**40, 4 * 8192),
         ({"max_batch": 2}, 2**40, 2 * 8192),
-        ({}, 2**30, 9216),
+        ({}, 2**30, 8960),
         ({"kv_cache_bytes": 1000 * TOKEN_BYTES}, 2**30, 768),
         ({"kv_cache_bytes": 10**12, "max_batch": 3}, 2**30, 3 * 8192),
         ({}, 0, 0),
@@ -416,12 +418,12 @@ async def test_a_gguf_is_served_where_torch_and_transformers_and_numpy_are_missi
                 async with session.post("/v1/completions", json=body) as response:
                     answer = await response.json()
                 async with session.get("/models") as response:
-                    [loaded] = (await response.json())["data"]
+                    models = {about["id"]: about for about in (await response.json())["data"]}
         finally:
             server.terminate()
     assert FRANCE + answer["choices"][0]["text"] == "The capital of France is Paris."
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-    assert loaded["engine"] == "llama_cpp"
+    assert models[SMOLLM2]["engine"] == "llama_cpp"
 
 
 async def ready(session: aiohttp.ClientSession) -> bool:

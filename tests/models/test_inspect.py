@@ -155,6 +155,32 @@ def test_a_gguf_file_is_read_through_its_folder_and_by_its_own_path(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ({}, 0),
+        ({"block_count": 3, "embedding_length": 32, "attention.head_count": 4}, 2 * 3 * 4 * (8 + 8)),
+        (
+            {"block_count": 3, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2},
+            2 * 3 * 2 * (8 + 8),
+        ),
+        (
+            {
+                "block_count": 3,
+                "embedding_length": 32,
+                "attention.head_count": 4,
+                "attention.key_length": 16,
+                "attention.value_length": 4,
+            },
+            2 * 3 * 4 * (16 + 4),
+        ),
+    ],
+)
+def test_the_cache_of_a_token_is_counted_from_gguf(tmp_path, values, size):
+    write_gguf(tmp_path / "x.gguf", **values)
+    assert inspect(tmp_path).token_cache_bytes == size
+
+
+@pytest.mark.parametrize(
     ("architecture", "values", "tasks"),
     [
         ("qwen3", {}, ("generate",)),
