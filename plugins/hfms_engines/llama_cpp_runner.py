@@ -2,8 +2,8 @@
 
 llama.cpp runs a loop of its own, in a thread of its own: it batches what is in its slots, step by step. Here
 
-    submit   call -> prompts as tokens -> sequences, in order of arrival, in `_waiting`
-    begin    the first of them take slots, as many as there are, while the cache has room for all that they may need
+    submit   call -> prompts as tokens -> sequences, in the line
+    begin    who is next in line takes a slot, if there is one, and if the cache has room for all that it may need
     hear     llama.cpp says each token to the sequence's thread, which waits for nothing else
     step     hands on what was heard
 
@@ -24,7 +24,6 @@ import signal
 import socket
 import tempfile
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from hfms_cli import (
     Sampling,
 )
 from hfms_engines import limits
+from hfms_engines.line import Line
 from hfms_engines.text import StopStrings
 
 __all__ = ["LlamaCpp", "load"]
@@ -130,6 +130,8 @@ class _Prompt:
 @dataclass(eq=False)
 class _Call:
     id: str
+    priority: int
+    key: str
     unfinished: int
     begun: bool = False
     gone: bool = False
@@ -150,6 +152,19 @@ class _Sequence:
     made: int = 0
     """Tokens that chunks have told of."""
     finished: bool = False
+    """llama.cpp has said its last word on it."""
+    told: bool = False
+    """The caller has been told that word."""
+    since: float = 0.0
+    """When it began to wait."""
+
+    @property
+    def priority(self) -> int:
+        return self.call.priority
+
+    @property
+    def key(self) -> str:
+        return self.call.key
 
     @property
     def needs(self) -> int:
@@ -187,7 +202,7 @@ class LlamaCpp:
         self._cache_tokens = cache_tokens
         self._prefix_cache = prefix_cache
         self._calls: dict[str, _Call] = {}
-        self._waiting: deque[_Sequence] = deque()
+        self._line: Line[_Sequence] = Line()
         self._running: dict[_Sequence, threading.Thread] = {}
         """In slots, those that were cancelled and have not stopped yet among them."""
         self._heard: SimpleQueue[tuple[_Sequence, Chunk | HfmsError | None]] = SimpleQueue()
@@ -212,13 +227,14 @@ class LlamaCpp:
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, call.inputs, strict=True)
         ]
-        kept = _Call(call.id, unfinished=len(prompts) * call.n)
+        who = call.caller.key_id or call.caller.address
+        kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)
         self._calls[call.id] = kept
         for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
                 request = self._request(prompt.ids, limit, call.sampling, choice=k)
                 stops = StopStrings(call.sampling.stop)
-                self._waiting.append(_Sequence(kept, i * call.n + k, prompt, limit, request, stops))
+                self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops))
 
     def _tokens(self, entry: limits.Entry) -> list[int]:
         if isinstance(entry, Conversation):
@@ -301,8 +317,10 @@ class LlamaCpp:
 
     def step(self) -> list[Event]:
         """What llama.cpp has said since the last step; waits for it, but not longer than `LONGEST_STEP`."""
-        self._begin()
         events: list[Event] = []
+        self._begin(events)
+        if events:
+            return events
         try:
             heard = [self._heard.get(timeout=LONGEST_STEP)]
             while not self._heard.empty():
@@ -321,31 +339,34 @@ class LlamaCpp:
             elif outcome is not None:
                 self._forget(seq.call.id)
                 events.append((seq.call.id, outcome))
-        self._begin()
+        self._begin(events)
         return events
 
     def _tell(self, seq: _Sequence, chunk: Chunk, events: list[Event]) -> None:
-        if not seq.prompt.reported:
-            chunk.prompt_tokens = len(seq.prompt.ids)
-            seq.prompt.reported = True
         events.append((seq.call.id, chunk))
+        self._line.charge(seq.key, chunk.tokens)
         if chunk.finish_reason:
+            seq.told = True
+            self._line.leave(seq)
             seq.call.unfinished -= 1
             if not seq.call.unfinished:
                 del self._calls[seq.call.id]
                 events.append((seq.call.id, None))
 
-    def _begin(self) -> None:
-        """Let in the first in line, while there are slots, and room for the longest answers of all that run.
+    def _begin(self, events: list[Event]) -> None:
+        """Let in who is next, while there are slots, and room for the longest answers of all that run.
 
         llama.cpp has no way to make a sequence wait that has begun.
         """
-        while self._waiting and len(self._running) < self.info.max_batch:
-            seq = self._waiting[0]
+        while len(self._running) < self.info.max_batch and (seq := self._line.first()):
             if sum(s.needs for s in self._running) + seq.needs > self._cache_tokens:
                 return
-            self._waiting.popleft()
+            self._line.take(seq)
+            self._line.charge(seq.key, len(seq.prompt.ids))
             seq.call.begun = True
+            if not seq.prompt.reported:
+                seq.prompt.reported = True
+                events.append((seq.call.id, Chunk(index=seq.index, prompt_tokens=len(seq.prompt.ids))))
             thread = threading.Thread(target=self._run, args=(seq,), name=f"sequence {seq.index}", daemon=True)
             self._running[seq] = thread
             thread.start()
@@ -354,7 +375,9 @@ class LlamaCpp:
         call = self._calls.pop(call_id, None)
         if call is not None:
             call.gone = True
-            self._waiting = deque(s for s in self._waiting if s.call is not call)
+            waiting = [s for s in self._line if s.call is call]
+            for seq in [*waiting, *(s for s in self._running if s.call is call and not s.told)]:
+                self._line.leave(seq)
 
     # --- in the threads ---
 

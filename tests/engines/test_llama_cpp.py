@@ -18,6 +18,7 @@ import pytest
 
 from hfms_cli import (
     BadRequest,
+    Caller,
     ContextLengthExceeded,
     Conversation,
     Device,
@@ -140,6 +141,17 @@ def test_what_idle_slots_have_kept_makes_room(smollm2):
         model.close()
 
 
+def test_who_has_priority_goes_first_and_then_the_key_that_has_had_less(smollm2):
+    model = load(smollm2, max_batch=1, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        for id, key, priority in (("a1", "a", 1), ("a2", "a", 1), ("b", "b", 1), ("low", "c", 0), ("high", "a", 2)):
+            asked = call(id, FRANCE, max_tokens=1)
+            model.submit(msgspec.structs.replace(asked, priority=priority, caller=Caller(key_id=key)))
+        assert list(drain(model).ended) == ["high", "b", "a1", "a2", "low"]
+    finally:
+        model.close()
+
+
 # --- sampling ---
 
 
@@ -197,7 +209,7 @@ def test_a_stop_string_ends_the_answer_and_is_never_shown(model, stop):
 
 def test_characters_come_whole_and_every_token_of_them_is_counted(model):
     answers = ask(model, "🦜 " * 4 + "🦜", max_tokens=11)
-    told = [(c.text, c.tokens) for c in answers.chunks["a"]]
+    told = [(c.text, c.tokens) for c in answers.chunks["a"] if not c.begins]
     assert told[:3] == [(" 🦜", 3)] * 3
     # The limit came in the middle of the fourth.
     assert "\ufffd" not in answers.text("a")
@@ -263,7 +275,7 @@ def test_a_cancelled_call_says_no_more_and_its_slot_is_free_for_the_next(smollm2
         model.submit(call("long", FRANCE, max_tokens=4000, ignore_eos=True))
         model.submit(call("next", FRANCE, max_tokens=1))
         answers = Answers()
-        while not answers.chunks["long"]:
+        while not answers.tokens("long"):
             answers.take(model.step())
         told = answers.tokens("long")
         model.cancel("long")
@@ -294,7 +306,7 @@ def test_a_call_is_cancelled_while_its_prompt_is_read(smollm2):
 
 def test_a_failure_of_llama_cpp_fails_the_call_and_tells_no_more_of_it(model, caplog):
     model.submit(call("bad", FRANCE))
-    [seq] = model._waiting
+    [seq] = model._line
     seq.request = seq.request.replace(b'"prompt":[', b'"prompt":[99999999,')
     model.submit(call("good", FRANCE, max_tokens=1))
     answers = drain(model)
