@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hfms_cli import HfmsError
@@ -68,9 +69,8 @@ class SqliteStore(SqlStore):
             raise StoreUnavailable(f"{self._file}: {exc}") from exc
 
     def _connect(self) -> sqlite3.Connection:
-        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # SQLite gives the files beside this one its permissions; its own default would let everybody read.
-        os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+        if not self._file.exists():
+            self._make_file()
         connection = sqlite3.connect(
             self._file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=32
         )
@@ -85,6 +85,20 @@ class SqliteStore(SqlStore):
             connection.close()
             raise
         return connection
+
+    def _make_file(self) -> None:
+        """An empty file that only its owner can read; SQLite gives those beside it the same permissions.
+
+        It is made under another name: to close a file drops all locks that its process has on it, SQLite's too.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        number, draft = tempfile.mkstemp(prefix=f".{self._file.name}-", dir=self._file.parent)
+        os.close(number)
+        try:
+            with suppress(FileExistsError):  # another process was quicker
+                os.link(draft, self._file)
+        finally:
+            os.unlink(draft)
 
 
 def _is_current(connection: sqlite3.Connection) -> bool:

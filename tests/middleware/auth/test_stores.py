@@ -140,6 +140,23 @@ def test_a_reader_misses_nothing_while_others_write(opened):
     assert len(seen) == 60
 
 
+def test_another_process_that_comes_and_goes_is_heard(store_url, opened):
+    """SQLite forgets its locks on a file where its process closes that file by any other hand."""
+    here, key = opened(), a_key()
+    here.insert(key)
+    assert here.changes(0) == (1, [key])
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from hfms_middleware.auth.store import open_store\n"
+        "from tests.middleware.auth.conftest import a_key\n"
+        "store = open_store(sys.argv[1], Path('.')); store.insert(a_key()); store.changes(0); store.close()"
+    )
+    for revision in (2, 3):
+        subprocess.run([sys.executable, "-c", code, store_url], check=True, timeout=60)
+        here.touch({key.id: float(revision)})
+        assert here.changes(revision - 1)[0] == revision
+
+
 def test_a_key_outlives_the_process_that_made_it(store_url, opened, tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
