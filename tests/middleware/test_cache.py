@@ -458,7 +458,7 @@ async def test_what_is_in_the_air_while_the_cache_is_emptied_is_not_kept(serve):
 @pytest.mark.parametrize("prefix", ["HFMS_", "HF_SERVER_"])
 def test_the_switch_puts_the_cache_in_its_usual_place(prefix, tmp_path):
     file = tmp_path / "none.toml"
-    file.write_text("")
+    file.write_text('[middleware]\norder = ["auth", "rate_limit", "breaker"]\n')
     order = load_config(file, environ={f"{prefix}ENABLE_CACHING": "true"}).middleware.order
     assert order == ["auth", "rate_limit", "cache", "breaker"]
 
