@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
@@ -14,9 +15,10 @@ from hfms_cli.types import PRIORITIES, Call, Caller, Conversation, Sampling
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Positive = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
-Prompt = str | list[str | int | list[Natural]]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Prompt = str | list[str | Natural | list[Natural]]
 
 Priority = Literal["low", "normal", "high", "critical", "LOW", "NORMAL", "HIGH", "CRITICAL"]
 
@@ -44,7 +46,7 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    seed: int | None = None
+    seed: Int64 | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     min_tokens: Natural | None = None
@@ -96,8 +98,10 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def _bias(self) -> dict[int, float] | None:
         try:
-            return {int(k): v for k, v in self.logit_bias.items()} if self.logit_bias else None
-        except ValueError:
+            return (
+                {msgspec.convert(int(k), Natural): v for k, v in self.logit_bias.items()} if self.logit_bias else None
+            )
+        except ValueError:  # msgspec's own is one
             raise BadRequest("The keys of `logit_bias` must be token ids.", param="logit_bias") from None
 
 
@@ -291,8 +295,6 @@ def inputs_of(prompt: Prompt, param: str) -> list[str | list[int] | Conversation
         what = "is empty" if not prompt else "mixes strings and token ids"
         raise BadRequest(f"`{param}` {what}.", param=param)
     if kinds == {int}:
-        if any(item < 0 for item in prompt):  # type: ignore[operator]
-            raise BadRequest(f"Token ids in `{param}` must not be negative.", param=param)
         return [list(prompt)]  # type: ignore[arg-type]
     return list(prompt)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from hfms_cli import Middleware, Provider, hookimpl
 from hfms_middleware.auth.options import AuthOptions
 from hfms_middleware.breaker import BreakerOptions, CircuitBreaker
 from hfms_middleware.cache.options import CacheOptions
-from hfms_middleware.queue import Queue, QueueOptions
+from hfms_middleware.queue.options import QueueOptions
 from hfms_middleware.rate_limit.options import RateLimitOptions
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def hfms_middlewares() -> Iterator[Provider[Middleware]]:
     yield Provider(
         "cache", _cache, CacheOptions, summary="Answers that would come out the same again.", commands=_cache_verbs
     )
-    yield Provider("queue", Queue, QueueOptions, summary="How many calls may wait for an engine, and how long.")
+    yield Provider("queue", _queue, QueueOptions, summary="How many calls may wait for an engine, and how long.")
     yield Provider("breaker", CircuitBreaker, BreakerOptions, summary="Leaves an engine alone that fails in a row.")
 
 
@@ -54,6 +54,12 @@ def _cache(options: CacheOptions) -> Middleware:
     from hfms_middleware.cache.middleware import Cache
 
     return Cache(options)
+
+
+def _queue(options: QueueOptions) -> Middleware:
+    from hfms_middleware.queue.middleware import Queue
+
+    return Queue(options)
 
 
 def _cache_verbs(app: typer.Typer) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hfms_cli import BadRequest, Call, Caller, Chunk, DeadlineExceeded, EngineFault, HfmsError, Overloaded
 from hfms_cli.web.schemas import lowered
-from hfms_middleware.queue import Queue, QueueOptions
+from hfms_middleware.queue.middleware import Queue
+from hfms_middleware.queue.options import QueueOptions
 
 # One call at a time, and each token takes a while.
 SLOW = '[engine.echo]\nmax_batch = 1\nstep_ms = 20\n[middleware]\norder = ["auth", "queue"]\n'

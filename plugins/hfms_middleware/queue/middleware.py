@@ -24,8 +24,8 @@ from hfms_cli import (
     Proceed,
     require_admin,
     respond,
-    setting,
 )
+from hfms_middleware.queue.options import QueueOptions
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
 
 # Characters of a token, at least: what waits is counted before it is tokenised.
 _CHARACTERS = 3
-
-
-@dataclass(frozen=True)
-class QueueOptions:
-    """Options of `[middleware.queue]`."""
-
-    max_size: int = setting(
-        256, "Calls that may wait for an engine to begin them; more are answered 429.", env="MAX_QUEUE_SIZE", ge=1
-    )
-    max_tokens: int = setting(0, "Prompt tokens, roughly, that may wait in all; 0: any number.", ge=0)
-    timeout_seconds: float = setting(
-        60.0, "How long a call may wait before it is answered 504.", env="QUEUE_TIMEOUT_SECONDS", ge=0.001
-    )
-    per_model: bool = setting(False, "Whether each model has a queue of this size, or all share one.")
 
 
 @dataclass

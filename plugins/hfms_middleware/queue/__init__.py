@@ -1,0 +1,1 @@
+"""How many calls may wait for an engine, and how long."""
