@@ -1,7 +1,8 @@
 """Which blocks of the key-value cache belong to which sequence, and what the free ones still hold.
 
-A block holds the keys and values of `size` tokens. It is named by a digest of these tokens and of all before them, so
-a sequence that begins as another did shares its blocks, and reads only what is new. Free blocks keep their names until
+A block holds the keys and values of `size` tokens. It is named by a digest of these tokens, of all before them, and of
+whose they are, so a sequence that begins as another of the same owner did shares its blocks, and reads only what is
+new. Nobody can tell by the time of an answer what others have asked. Free blocks keep their names until
 they are needed, the one that was free longest first.
 """
 
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Table:
-    """The blocks of one sequence, in order."""
+    """The blocks of one sequence, in order. owner: with whose sequences it may share them."""
 
+    owner: str = ""
     blocks: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     """Of those at its beginning that are full and can be shared."""
@@ -46,14 +48,14 @@ class Blocks:
         """Blocks for so many tokens."""
         return -(-length // self.size)
 
-    def open(self, tokens: Sequence[int]) -> Table:
+    def open(self, tokens: Sequence[int], owner: str = "") -> Table:
         """A table with the blocks that already hold the beginning of these tokens; never all of them.
 
         A pass over no tokens says nothing, so the last token is always left to read.
         """
-        table = Table()
+        table = Table(owner)
         if self.share:
-            for name in self._names(tokens, (len(tokens) - 1) // self.size):
+            for name in self._names(table, tokens, (len(tokens) - 1) // self.size):
                 block = self._by_name.get(name)
                 if block is None:
                     break
@@ -79,7 +81,7 @@ class Blocks:
         """Let others find the full blocks of a table, which holds these tokens."""
         if not self.share or len(tokens) // self.size == len(table.names):
             return
-        for name in self._names(tokens, len(tokens) // self.size, after=table.names):
+        for name in self._names(table, tokens, len(tokens) // self.size):
             block = table.blocks[len(table.names)]
             table.names.append(name)
             if name not in self._by_name:
@@ -105,11 +107,11 @@ class Blocks:
         if name := self._name.pop(block, None):
             del self._by_name[name]
 
-    def _names(self, tokens: Sequence[int], count: int, after: Sequence[bytes] = ()) -> list[bytes]:
-        """Names of the first `count` blocks of these tokens, less those that are known."""
+    def _names(self, table: Table, tokens: Sequence[int], count: int) -> list[bytes]:
+        """Names of the first `count` blocks of these tokens, less those that the table has."""
         names = []
-        name = after[-1] if after else b""
-        for i in range(len(after), count):
+        name = table.names[-1] if table.names else table.owner.encode()
+        for i in range(len(table.names), count):
             held = array("q", tokens[i * self.size : (i + 1) * self.size])
             name = hashlib.sha256(name + held.tobytes()).digest()
             names.append(name)

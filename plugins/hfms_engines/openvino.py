@@ -58,7 +58,11 @@ class OpenVinoOptions:
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of sequences; 0: a quarter of what the weights leave free.", ge=0
     )
-    prefix_cache: bool = setting(True, "Keep what prompts begin with for those that begin alike.")
+    prefix_cache: str = setting(
+        "key",
+        "Keep what prompts begin with for those of the same key that begin alike, for those of all keys, or not.",
+        choices=("key", "all", "off"),
+    )
     cache_dir: str = setting(
         "",
         'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
@@ -106,7 +110,7 @@ class OpenVinoEngine:
 
         cache = cache_bytes(request, self.options.kv_cache_bytes)
         runner = openvino_runner.load(
-            self._export(request), dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache
+            self._export(request), dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache != "off"
         )
         info = LoadedInfo(
             engine=self.name,
@@ -124,6 +128,7 @@ class OpenVinoEngine:
             prefill_tokens=self.options.prefill_tokens,
             stall_seconds=self.options.stall_seconds,
             guess_tokens=self.options.speculative_tokens,
+            share=self.options.prefix_cache == "all",
         )
 
     # --- conversion ---

@@ -41,16 +41,25 @@ class _Piece:
 class PagedScheduler(Scheduler):
     """A loaded model whose cache comes in blocks.
 
-    guess_tokens: the longest guess at what comes next; 0: none.
+    guess_tokens: the longest guess at what comes next; 0: none. share: whether prompts of different keys may
+    share blocks.
     """
 
     _runner: Runner
 
     def __init__(
-        self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int, stall_seconds: float, guess_tokens: int = 0
+        self,
+        runner: Runner,
+        info: LoadedInfo,
+        *,
+        prefill_tokens: int,
+        stall_seconds: float,
+        guess_tokens: int = 0,
+        share: bool = False,
     ) -> None:
         super().__init__(runner, info, prefill_tokens=prefill_tokens, stall_seconds=stall_seconds)
         self._blocks = runner.blocks
+        self._share = share
         self._tables: dict[Seq, Table] = {}
         self._guess_tokens = guess_tokens
         self._guessers: dict[Seq, Guesser] = {}
@@ -173,7 +182,7 @@ class PagedScheduler(Scheduler):
         """Blocks for all that a sequence has; None where there is no room."""
         if len(self._rows) >= self.info.max_batch:
             return None
-        table = self._blocks.open(seq.tokens)
+        table = self._blocks.open(seq.tokens, "" if self._share else seq.key)
         # A block to grow for each that is under way; alone, a sequence always fits.
         spare = len(self._rows)
         more = self._blocks.needed(seq.length) - len(table.blocks)

@@ -219,6 +219,18 @@ def test_the_choices_of_a_call_read_their_prompt_once(export, monkeypatch, made)
     assert made["a", 0] == made["a", 1] == made["a", 2]
 
 
+@pytest.mark.parametrize("all_keys", [False, True])
+def test_what_one_key_has_asked_saves_another_no_time_unless_all_keys_share(export, monkeypatch, all_keys):
+    model = scheduler(export, prefill_tokens=256)
+    monkeypatch.setattr(model, "_share", all_keys)
+    read = reading(model, monkeypatch)
+    [prompt] = prompts(100)
+    for id, key in (("a", "one"), ("b", "other"), ("c", "one")):
+        submit(model, id, prompt, max_tokens=1, key=key)
+        drain(model)
+    assert read == ([100, 4, 4] if all_keys else [100, 100, 4])
+
+
 def test_without_prefix_cache_all_is_read_again(export, monkeypatch):
     model = scheduler(export, prefill_tokens=256, share=False)
     [prompt] = prompts(100)
