@@ -4,7 +4,8 @@
     ├── BadRequest 400
     │   ├── ContextLengthExceeded
     │   ├── NoChatTemplate
-    │   └── UnsafeFormat
+    │   ├── UnsafeFormat
+    │   └── Unsupported
     ├── Unauthorized 401
     ├── Forbidden 403
     │   └── GatedModel
@@ -57,6 +58,7 @@ __all__ = [
     "Unauthorized",
     "Unavailable",
     "UnsafeFormat",
+    "Unsupported",
     "VerifyFailed",
     "close_matches",
 ]
@@ -109,6 +111,12 @@ class UnsafeFormat(BadRequest):
     """The model comes as pickles or as code, and the operator has not allowed that."""
 
     code = "unsafe_format"
+
+
+class Unsupported(BadRequest):
+    """A storage was asked for what it cannot do; another one may."""
+
+    code = "unsupported_operation"
 
 
 class Unauthorized(HfmsError):

@@ -1,0 +1,269 @@
+"""Gets blocks from whoever has them, and believes nobody: a block is its CID's, or it is asked for elsewhere.
+
+Where all of a file is wanted, a source may send it as one stream (a CAR). What is missing or wrong in the stream is
+fetched from another source, block by block; the rest of the stream is still used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, VerifyFailed
+from hfms_cli.ipfs.car import CarReader
+from hfms_cli.ipfs.cid import Cid, check
+
+__all__ = ["PATIENCE", "Fetch", "Health", "Observe", "Source", "checked"]
+
+PATIENCE = 30.0
+"""Seconds that one block may take."""
+KEEP = 32 * 2**20
+"""Bytes of blocks that came before they were asked for."""
+STRIKES = 3
+"""Wrong blocks in one stream, after which nothing more is read from it."""
+LONGEST_PAUSE = 60.0
+
+Observe = Callable[[str, str, str, float], None]
+"""Source, operation, `ok` or `missing` or `error`, and seconds."""
+
+
+class Source(Protocol):
+    name: str
+
+    async def block_get(self, cid: str) -> bytes:
+        """A block. Raises NotFound, FetchFailed."""
+        ...
+
+    def car(self, cid: str) -> AsyncIterator[bytes] | None:
+        """All blocks below a CID as a CAR, depth first; None where the source sends only single blocks."""
+        ...
+
+
+@dataclass
+class Condition:
+    """How a source is."""
+
+    failures: int = 0
+    """In a row."""
+    error: str | None = None
+    until: float = 0.0
+    """When it is asked again before others, by the clock of `Health`."""
+
+
+class Health:
+    """Who failed lately. A source that did is asked after all others, for a time that doubles with each failure."""
+
+    def __init__(self, *, observe: Observe | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._observe = observe
+        self._conditions: dict[str, Condition] = {}
+
+    def order(self, sources: Sequence[Source]) -> list[Source]:
+        now = self._clock()
+        return sorted(sources, key=lambda s: self._conditions.get(s.name, _WELL).until > now)
+
+    def note(self, name: str, operation: str, error: HfmsError | None, seconds: float) -> None:
+        """Count one answer. A source that does not have something, or cannot do something, is well."""
+        well = error is None or isinstance(error, NotFound | BadRequest)
+        if self._observe is not None:
+            status = "ok" if error is None else "missing" if isinstance(error, NotFound) else "error"
+            self._observe(name, operation, status, seconds)
+        if well:
+            self._conditions.pop(name, None)
+            return
+        condition = self._conditions.setdefault(name, Condition())
+        condition.failures += 1
+        condition.error = error.message if error else None
+        condition.until = self._clock() + min(2.0**condition.failures, LONGEST_PAUSE)
+
+    def of(self, name: str) -> Condition:
+        return self._conditions.get(name, _WELL)
+
+
+_WELL = Condition()
+
+
+class Fetch:
+    """One reading: checked blocks, who served how many, and why others did not.
+
+    sources: best first. patience: seconds that a source may take for one block.
+    """
+
+    def __init__(self, sources: Sequence[Source], health: Health | None = None, *, patience: float = PATIENCE) -> None:
+        self.served: Counter[str] = Counter()
+        self.tried: dict[str, str] = {}
+        self._sources = sources
+        self._health = health or Health()
+        self._patience = patience
+        self._early: OrderedDict[bytes, bytes] = OrderedDict()
+        self._early_size = 0
+        self._stream: _Stream | None = None
+        self._turn = asyncio.Lock()
+
+    async def get(self, cid: Cid) -> bytes:
+        """A block, checked. Raises NotFound, or what kept the sources from delivering it."""
+        if cid.inline is not None:
+            return cid.inline
+        if (block := self._take_early(cid)) is not None:
+            return block
+        if self._stream is not None:
+            async with self._turn:
+                block = self._take_early(cid)
+                if block is None:
+                    block = await self._from_stream(cid)
+            if block is not None:
+                return block
+        return await self._ask(cid)
+
+    @asynccontextmanager
+    async def all_of(self, cid: Cid) -> AsyncGenerator[None, None]:
+        """Says that all blocks below a CID will be asked for, depth first, until the context ends."""
+        self._stream = _Stream(cid, iter(self._health.order(self._sources)))
+        try:
+            yield
+        finally:
+            stream, self._stream = self._stream, None
+            await stream.close()
+
+    async def _ask(self, cid: Cid) -> bytes:
+        """From each source in turn."""
+        failures: list[HfmsError] = []
+        for source in self._health.order(self._sources):
+            start = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._patience):
+                    block = await source.block_get(str(cid))
+                await checked(cid, block)
+            except (HfmsError, TimeoutError) as exc:
+                failures.append(self._failed(source.name, "block_get", exc, start))
+            else:
+                self._worked(source.name, "block_get", start)
+                return block
+        raise _worst(cid, failures, self.tried)
+
+    async def _from_stream(self, cid: Cid) -> bytes | None:
+        """Read on until the block comes; None where it has to be asked for."""
+        stream = self._stream
+        while stream is not None and await stream.ready():
+            start = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._patience):
+                    found = await stream.read()
+                if found is None:
+                    break
+                name, block = found
+                await checked(name, block)
+            except (HfmsError, TimeoutError) as exc:
+                self._failed(stream.source.name, "dag_export", exc, start)
+                await stream.strike(over=not isinstance(exc, VerifyFailed))
+                if isinstance(exc, VerifyFailed) and name.same_block(cid):
+                    break  # the stream has nothing better to say of this one
+                continue
+            self._worked(stream.source.name, "dag_export", start)
+            if name.same_block(cid):
+                stream.unasked = 0
+                return block
+            stream.unasked += len(block)
+            if stream.unasked > KEEP:
+                error = FetchFailed(f"`{stream.source.name}` sends what nobody asked for.")
+                self._failed(stream.source.name, "dag_export", error, start)
+                await stream.strike(over=True)
+            self._keep_early(name, block)
+        return None
+
+    def _keep_early(self, cid: Cid, block: bytes) -> None:
+        self._early[cid.digest] = block
+        self._early_size += len(block)
+        while self._early_size > KEEP:
+            _, old = self._early.popitem(last=False)
+            self._early_size -= len(old)
+
+    def _take_early(self, cid: Cid) -> bytes | None:
+        """A file may have the same block several times, and the stream sends it once: so it stays."""
+        block = self._early.get(cid.digest)
+        if block is not None:
+            self._early.move_to_end(cid.digest)
+        return block
+
+    def _worked(self, name: str, operation: str, start: float) -> None:
+        self.served[name] += 1
+        self._health.note(name, operation, None, time.perf_counter() - start)
+
+    def _failed(self, name: str, operation: str, exc: HfmsError | TimeoutError, start: float) -> HfmsError:
+        error = exc if isinstance(exc, HfmsError) else _too_slow(name, self._patience)
+        self.tried[name] = error.message
+        self._health.note(name, operation, error, time.perf_counter() - start)
+        return error
+
+
+class _Stream:
+    """The CAR of the first source that sends one. A source that fails before its first block gives way to the next."""
+
+    def __init__(self, root: Cid, sources: Iterator[Source]) -> None:
+        self.source: Source
+        self.unasked = 0
+        self._root = root
+        self._left = sources
+        self._blocks: AsyncGenerator[tuple[Cid, bytes], None] | None = None
+        self._chunks: AsyncIterator[bytes] | None = None
+        self._strikes = self._got = 0
+
+    async def ready(self) -> bool:
+        """Whether there is something to read."""
+        while self._chunks is None and not self._got:
+            source = next(self._left, None)
+            if source is None:
+                return False
+            self.source, self._chunks = source, source.car(str(self._root))
+        return self._chunks is not None
+
+    async def read(self) -> tuple[Cid, bytes] | None:
+        if self._blocks is None:
+            assert self._chunks is not None
+            reader = CarReader(self._chunks)
+            await reader.header()
+            self._blocks = reader.blocks()
+        found = await anext(self._blocks, None)
+        self._got += found is not None
+        if found is None:
+            await self.close()
+            self._got += 1  # a stream that ended well has no successor
+        return found
+
+    async def strike(self, *, over: bool) -> None:
+        """Count a fault; the last one, or one that is `over`, ends the stream."""
+        self._strikes += 1
+        if over or self._strikes >= STRIKES:
+            await self.close()
+
+    async def close(self) -> None:
+        for generator in (self._blocks, self._chunks):
+            if isinstance(generator, AsyncGenerator):
+                with suppress(HfmsError, RuntimeError):
+                    await generator.aclose()
+        self._blocks = self._chunks = None
+
+
+async def checked(cid: Cid, block: bytes) -> None:
+    """Check a block; a large one in a thread, so that the loop goes on. Raises VerifyFailed."""
+    if len(block) < 2**16:
+        check(cid, block)
+    else:
+        await asyncio.to_thread(check, cid, block)
+
+
+def _too_slow(name: str, patience: float) -> FetchFailed:
+    return FetchFailed(f"`{name}` did not deliver a block within {patience:g} seconds.")
+
+
+def _worst(cid: Cid, failures: list[HfmsError], tried: dict[str, str]) -> HfmsError:
+    """Wrong bytes say more than a source that cannot be reached, and that more than one without the block."""
+    why = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in tried.items()) or "no storage was asked"
+    kinds = (VerifyFailed, FetchFailed)
+    kind = next((k for k in kinds if any(isinstance(f, k) for f in failures)), NotFound)
+    return kind(f"The block `{cid}` could not be had ({why}).")

@@ -1,0 +1,293 @@
+"""From checked blocks to files and folders: list, read, export and save. Nothing here holds more than a few blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from hfms_cli.errors import BadRequest, Conflict, FetchFailed, NotFound, VerifyFailed
+from hfms_cli.ipfs import cbor
+from hfms_cli.ipfs.car import car_header, car_section
+from hfms_cli.ipfs.cid import CODECS, Cid, parse
+from hfms_cli.ipfs.fetch import Fetch
+from hfms_cli.ipfs.unixfs import Kind, Link, Node, links_of, parse_node
+
+__all__ = ["Entry", "cat", "export", "files", "ls", "resolve", "save"]
+
+AHEAD = 16
+"""Blocks that are asked for before they are needed."""
+DEEPEST = 64
+MOST_ENTRIES = 100_000
+_WRITE = 2**20
+_FILE = (Kind.FILE, Kind.RAW)
+
+Progress = Callable[[int, int], None]
+"""Bytes so far and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a folder holds under a name."""
+
+    name: str
+    cid: str
+    kind: Literal["file", "folder", "link"]
+    size: int
+    """Of a file: bytes."""
+
+
+async def ls(fetch: Fetch, cid: Cid) -> list[Entry]:
+    """What is in a folder, sorted by name; of a file, the file itself, without a name."""
+    node = parse_node(cid, await fetch.get(cid))
+    if node.kind in (Kind.FOLDER, Kind.SHARD):
+        links = await _children(fetch, cid, node)
+    else:
+        links = [Link(cid)]
+    entries = []
+    async with aclosing(_ahead(fetch, [link.cid for link in links])) as blocks:
+        for link in links:
+            entries.append(_entry(link, parse_node(link.cid, await anext(blocks))))
+    return sorted(entries, key=lambda e: e.name.encode())
+
+
+async def resolve(fetch: Fetch, cid: Cid, path: Sequence[str]) -> Cid:
+    """The CID at a path below a folder. Raises NotFound."""
+    for part in path:
+        node = parse_node(cid, await fetch.get(cid))
+        links = await _children(fetch, cid, node) if node.kind in (Kind.FOLDER, Kind.SHARD) else []
+        found = next((link.cid for link in links if link.name == part), None)
+        if found is None:
+            raise NotFound(f"There is no {part[:100]!r} in `{cid}`.", param="cid")
+        cid = found
+    return cid
+
+
+async def files(fetch: Fetch, cid: Cid) -> list[tuple[str, Entry]]:
+    """Every file below a folder with its path, in order; for a file, itself under an empty path.
+
+    Raises VerifyFailed for names that are no names of files, for links, and for trees without end.
+    """
+    found: list[tuple[str, Entry]] = []
+    left = deque([("", cid, 0)])
+    while left:
+        above, folder, depth = left.popleft()
+        for entry in await ls(fetch, folder):
+            if entry.name == "" and not above and folder == cid:
+                return [("", entry)] if entry.kind == "file" else _refuse_link(entry)
+            _refuse_unsafe(entry, depth)
+            path = f"{above}{entry.name}"
+            if entry.kind == "folder":
+                left.append((f"{path}/", _cid(entry), depth + 1))
+            else:
+                found.append((path, entry))
+        if len(found) + len(left) > MOST_ENTRIES:
+            raise VerifyFailed(f"`{cid}` holds more than {MOST_ENTRIES:,} files and folders.")
+    return sorted(found)
+
+
+async def cat(fetch: Fetch, cid: Cid) -> AsyncGenerator[bytes, None]:
+    """A file's bytes, piece by piece. Raises BadRequest for what is no file."""
+    node = parse_node(cid, await fetch.get(cid))
+    if node.kind not in _FILE:
+        raise BadRequest(f"`{cid}` is a folder or a link, not a file.", param="cid")
+    if not node.links:
+        yield node.data
+        return
+    async with fetch.all_of(cid), aclosing(_pieces(fetch, node, 0)) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def export(fetch: Fetch, cid: Cid) -> AsyncGenerator[bytes, None]:
+    """A CAR with every block below a CID, depth first, each once."""
+    seen: set[bytes] = set()
+    left = [cid]
+    yield car_header([cid])
+    async with fetch.all_of(cid):
+        while left:
+            name = left.pop()
+            if name.inline is not None or bytes(name) in seen:
+                continue
+            seen.add(bytes(name))
+            block = await fetch.get(name)
+            yield car_section(name, block)
+            left += reversed(below(name, block))
+
+
+def below(cid: Cid, block: bytes) -> list[Cid]:
+    """The CIDs that a block holds. Raises VerifyFailed, and BadRequest for codecs that hfms cannot read."""
+    try:
+        if cid.codec == CODECS["raw"]:
+            return []
+        if cid.codec == CODECS["dag-pb"]:
+            return [link.cid for link in links_of(block)]
+        if cid.codec == CODECS["dag-cbor"]:
+            return list(cbor.cids_in(cbor.load(block)))
+    except (ValueError, TypeError, KeyError) as exc:
+        raise VerifyFailed(f"The block `{cid}` is broken: its links cannot be read.") from exc
+    raise BadRequest(f"`{cid}` is of a codec that hfms cannot read ({cid.codec:#x}).", param="cid")
+
+
+async def save(fetch: Fetch, cid: Cid, target: Path, progress: Progress = lambda done, total: None) -> int:
+    """Write a file or a folder to `target`, which must not be there yet, and answer its size.
+
+    It is written beside the target and moved there when it is whole; after an error nothing is left.
+    Raises Conflict, VerifyFailed, FetchFailed (of which a full disk is one).
+    """
+    if target.is_symlink() or target.exists():
+        raise Conflict(f"`{target.name}` is there already, and nothing is written over.")
+    found = await files(fetch, cid)
+    total = sum(entry.size for _, entry in found)
+    draft = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}")
+    done = 0
+
+    def wrote(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if total > (free := shutil.disk_usage(target.parent).free):
+            raise FetchFailed(f"It needs {total:,} bytes of disk, and {free:,} are free.")
+        progress(0, total)
+        for path, entry in found:
+            await _write(fetch, entry, draft / path if path else draft, wrote)
+        if [path for path, _ in found] != [""]:
+            await _make_folders(fetch, cid, draft)
+        os.rename(draft, target)
+    except OSError as exc:
+        raise FetchFailed(f"`{target.name}` could not be written: {exc.strerror}.") from exc
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+    return total
+
+
+async def _make_folders(fetch: Fetch, cid: Cid, draft: Path) -> None:
+    """Empty folders are made, too; those that are not are there already."""
+    left = [(draft, cid)]
+    while left:
+        path, folder = left.pop()
+        path.mkdir(parents=True, exist_ok=True)
+        left += [(path / e.name, _cid(e)) for e in await ls(fetch, folder) if e.kind == "folder"]
+
+
+async def _write(fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as file:
+        held, size = [], 0
+        async with aclosing(cat(fetch, _cid(entry))) as pieces:
+            async for piece in pieces:
+                held.append(piece)
+                size += len(piece)
+                if size >= _WRITE:
+                    await asyncio.to_thread(_write_all, file, held)
+                    wrote(size)
+                    held, size = [], 0
+        await asyncio.to_thread(_write_all, file, held)
+        wrote(size)
+
+
+def _write_all(file: BinaryIO, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        left = memoryview(piece)
+        while left:
+            left = left[file.write(left) :]
+
+
+async def _children(fetch: Fetch, cid: Cid, node: Node, depth: int = 0) -> list[Link]:
+    """A folder's links with their names, from all its shards."""
+    if node.kind == Kind.FOLDER:
+        found = list(node.links)
+    else:
+        if not 1 < node.fanout <= 1024 or depth > DEEPEST:
+            raise VerifyFailed(f"`{cid}` is a part of a folder that makes no sense.")
+        prefix, found = len(f"{node.fanout - 1:X}"), []
+        for link in node.links:
+            if len(link.name) > prefix:
+                found.append(Link(link.cid, link.name[prefix:], link.total))
+                continue
+            shard = parse_node(link.cid, await fetch.get(link.cid))
+            if shard.kind != Kind.SHARD:
+                raise VerifyFailed(f"`{cid}` is a part of a folder that makes no sense.")
+            found += await _children(fetch, link.cid, shard, depth + 1)
+            if len(found) > MOST_ENTRIES:
+                break
+    if len(found) > MOST_ENTRIES:
+        raise VerifyFailed(f"`{cid}` holds more than {MOST_ENTRIES:,} files and folders.")
+    if len({link.name for link in found}) != len(found):
+        raise VerifyFailed(f"`{cid}` holds one name twice.")
+    return found
+
+
+async def _pieces(fetch: Fetch, node: Node, depth: int) -> AsyncGenerator[bytes, None]:
+    """What is below a node, in order, and exactly as many bytes as the node says."""
+    if node.data:
+        yield node.data
+    async with aclosing(_ahead(fetch, [link.cid for link in node.links])) as blocks:
+        for link, part in zip(node.links, node.parts, strict=True):
+            child = parse_node(link.cid, await anext(blocks))
+            if child.kind not in _FILE or child.size != part or depth > DEEPEST:
+                raise VerifyFailed(f"The block `{link.cid}` is not the part of a file that it should be.")
+            if not child.links:
+                yield child.data
+                continue
+            async with aclosing(_pieces(fetch, child, depth + 1)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+
+async def _ahead(fetch: Fetch, cids: Sequence[Cid]) -> AsyncGenerator[bytes, None]:
+    """Blocks in order. Leaves are asked for ahead; nodes are not, since a stream has all that is below one first."""
+    tasks: deque[asyncio.Task[bytes]] = deque()
+    asked = 0
+    try:
+        for i, cid in enumerate(cids):
+            while asked < len(cids) and asked < i + AHEAD and (asked == i or cids[asked].codec == CODECS["raw"]):
+                tasks.append(asyncio.ensure_future(fetch.get(cids[asked])))
+                asked += 1
+                if cid.codec != CODECS["raw"]:
+                    break
+            yield await tasks.popleft()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _entry(link: Link, node: Node) -> Entry:
+    kind: Literal["file", "folder", "link"] = "file"
+    if node.kind in (Kind.FOLDER, Kind.SHARD):
+        kind = "folder"
+    elif node.kind == Kind.SYMLINK:
+        kind = "link"
+    elif node.kind not in _FILE:
+        raise BadRequest(f"`{link.cid}` is neither a file nor a folder.", param="cid")
+    return Entry(link.name, str(link.cid), kind, node.size)
+
+
+def _cid(entry: Entry) -> Cid:
+    return parse(entry.cid)
+
+
+def _refuse_link(entry: Entry) -> list[tuple[str, Entry]]:
+    raise VerifyFailed(f"`{entry.cid}` is a symbolic link, which is never written.")
+
+
+def _refuse_unsafe(entry: Entry, depth: int) -> None:
+    bad = entry.name in ("", ".", "..") or any(c in entry.name for c in "/\\\0") or len(entry.name.encode()) > 255
+    if bad or depth > DEEPEST:
+        raise VerifyFailed(f"A folder holds {entry.name[:100]!r}, which is no name of a file, or is too deep.")
+    if entry.kind == "link":
+        _refuse_link(entry)
