@@ -26,9 +26,11 @@ from hfms_cli.errors import (
     Unauthorized,
     Unavailable,
     UnsafeFormat,
+    Unsupported,
     VerifyFailed,
 )
 from hfms_cli.hookspecs import (
+    ContentStore,
     Engine,
     Exchange,
     Hardware,
@@ -43,6 +45,7 @@ from hfms_cli.hookspecs import (
     exchange,
     hookimpl,
 )
+from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag
 from hfms_cli.settings import setting
 from hfms_cli.types import (
     PRIORITIES,
@@ -87,6 +90,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PICKLES",
     "PRIORITIES",
     "AsJson",
     "BadRequest",
@@ -98,6 +102,7 @@ __all__ = [
     "ConfigError",
     "ConfigFile",
     "Conflict",
+    "ContentStore",
     "ContextLengthExceeded",
     "Conversation",
     "DeadlineExceeded",
@@ -133,16 +138,21 @@ __all__ = [
     "Provider",
     "Sampling",
     "ServerUrl",
+    "SeveralModels",
     "Storage",
     "Task",
     "Unauthorized",
     "Unavailable",
     "UnsafeFormat",
+    "Unsupported",
     "VerifyFailed",
     "__version__",
     "admin_key",
     "caller_of",
+    "choose",
     "exchange",
+    "gguf_models",
+    "gguf_tag",
     "hookimpl",
     "load_config",
     "local_url",

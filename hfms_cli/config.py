@@ -6,6 +6,7 @@ Precedence: flag > HFMS_* > HF_SERVER_* > file > default. Options of plugins liv
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import tomllib
@@ -108,9 +109,18 @@ class StorageConfig:
     """Where models come from."""
 
     order: list[str] = setting(
-        lambda: ["local", "package", "echo", "hf_cache"],
+        lambda: ["local", "package", "echo", "ipfs_kit", "hf_cache", "kubo"],
         "Storages to ask, in this order.",
         env="STORAGE_ORDER",
+    )
+    backend: str = setting(
+        "", "Storage to ask first for what has a CID; empty: as in the order.", env="IPFS_BACKEND", bare=True
+    )
+    block_seconds: float = setting(30.0, "Longest time that a storage may take for one block.", ge=0.1)
+    cache_dir: str = setting(
+        "",
+        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
+        env="CACHE_DIR",
     )
 
 
@@ -155,6 +165,12 @@ SWITCHES = {
 }
 
 
+# The same for storages; these are also read without a prefix, as the original system has them.
+STORAGE_SWITCHES = {"ENABLE_IPFS_KIT": "ipfs_kit", "ENABLE_HF_CACHE": "hf_cache"}
+STORAGE_OFF = {"IPFS_KIT_DISABLE": "ipfs_kit"}
+"""These take a storage out when they are true, whatever else is said."""
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings, checked. `options` holds the plugins' own tables, as (kind, name) -> values, not yet read."""
@@ -175,7 +191,11 @@ class Config:
 
     def order(self, kind: str) -> list[str]:
         """Names of the plugins of a kind that are in use, in the operator's order."""
-        return self.hardware.preferred if kind == "hardware" else list(getattr(self, kind).order)
+        if kind == "hardware":
+            return self.hardware.preferred
+        first = self.storage.backend if kind == "storage" else ""
+        order = list(getattr(self, kind).order)
+        return [first, *order] if first and first not in order else order
 
     @property
     def state_dir(self) -> Path:
@@ -224,9 +244,13 @@ def load_config(
         tables[name] = read_table(cls, values, where=f"{path} [{name}]", environ=environ, overrides=given)
         found = origins(cls, values, environ=environ, overrides=given)
         sources |= {(name, key): origin for key, origin in found.items()}
-    order, switches = _switched(tables["middleware"].order, environ)
-    tables["middleware"] = MiddlewareConfig(order)
-    sources["middleware", "order"] = ", ".join([sources["middleware", "order"], *switches])
+    usual = StorageConfig().order
+    for name, order, switches in (
+        ("middleware", *_switched(tables["middleware"].order, environ, SWITCHES, list(SWITCHES.values()))),
+        ("storage", *_switched(tables["storage"].order, environ, STORAGE_SWITCHES, usual, off=STORAGE_OFF, bare=True)),
+    ):
+        tables[name] = dataclasses.replace(tables[name], order=order)
+        sources[name, "order"] = ", ".join([sources[name, "order"], *switches])
     return Config(**tables, options=options, file=str(path), environ=environ, origins=sources)
 
 
@@ -245,21 +269,34 @@ def _read_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dic
         raise ConfigError(f"{path}: is not valid TOML: {exc}") from exc
 
 
-def _switched(order: list[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The order after the ENABLE_* switches of the original system, and the switches that were set."""
+def _switched(
+    order: list[str],
+    environ: Mapping[str, str],
+    switches: Mapping[str, str],
+    usual: list[str],
+    *,
+    off: Mapping[str, str] = {},
+    bare: bool = False,
+) -> tuple[list[str], list[str]]:
+    """The order after the switches of the original system, and the variables that were set.
+
+    switches: true puts the name in at its place in `usual`, false takes it out. off: true takes it out.
+    """
     seen = []
-    for switch, name in SWITCHES.items():
-        variable = next((p + switch for p in PREFIXES if p + switch in environ), None)
+    for switch, name in (*switches.items(), *off.items()):
+        variable = next((p + switch for p in (*PREFIXES, *[""] * bare) if p + switch in environ), None)
         if variable is None:
             continue
         seen.append(variable)
         text = environ[variable].strip().lower()
         if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
             raise ConfigError(f"{variable} is {text!r}, which is not true or false")
-        if text in ("0", "false", "no", "off"):
+        wanted = text in ("1", "true", "yes", "on")
+        if switch in off:
+            order = [n for n in order if n != name or not wanted]
+        elif not wanted:
             order = [n for n in order if n != name]
         elif name not in order:
-            usual = list(SWITCHES.values())
             before = usual[: usual.index(name)]
             at = max((order.index(n) + 1 for n in before if n in order), default=0)
             order = [*order[:at], name, *order[at:]]

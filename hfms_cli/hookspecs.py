@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from hfms_cli.errors import HfmsError
+    from hfms_cli.ipfs import Entry
 
 hookspec = pluggy.HookspecMarker("hfms")
 hookimpl = pluggy.HookimplMarker("hfms")
@@ -88,6 +89,60 @@ class Storage(Protocol):
 
     async def remove(self, manifest: Manifest) -> None:
         """Delete a model of `list()`'s from this disk."""
+        ...
+
+
+class ContentStore(Protocol):
+    """Keeps bytes under CIDs: names that are made of the bytes. A storage of models may be one as well.
+
+    `cid` is any CID in text, made by hfms from its bytes: it never begins with `-` and never holds a `/`. What is read
+    is checked by hfms, whatever the store says. Every method may raise an HfmsError, and nothing else: NotFound where
+    the store does not have something, Unsupported where it cannot do something. `hfms_cli.ipfs.BlockStore` is a base
+    that brings all of this for stores which can get and keep single blocks.
+    """
+
+    name: str
+
+    async def add_bytes(self, data: bytes, *, pin: bool = True) -> str:
+        """Keep a file with these bytes; its CID."""
+        ...
+
+    async def add_path(
+        self, path: Path, *, recursive: bool = False, pin: bool = True, chunker: str = "size-262144"
+    ) -> str:
+        """Keep a file, or a folder with all that is in it; its CID."""
+        ...
+
+    async def cat(self, cid: str) -> bytes:
+        """A file's bytes."""
+        ...
+
+    async def get_to_path(self, cid: str, *, output_path: Path) -> None:
+        """Write a file or a folder to a path where there is nothing yet, whole or not at all."""
+        ...
+
+    async def ls(self, cid: str) -> Sequence[Entry]:
+        """What is in a folder."""
+        ...
+
+    async def pin(self, cid: str) -> None:
+        """Keep everything below a CID until it is unpinned."""
+        ...
+
+    async def unpin(self, cid: str) -> None: ...
+
+    async def block_put(self, data: bytes, *, codec: str = "raw") -> str:
+        """Keep one block; its CID. codec: `raw`, `dag-pb` or `dag-cbor`."""
+        ...
+
+    async def block_get(self, cid: str) -> bytes: ...
+
+    def dag_export(self, cid: str) -> AsyncIterator[bytes]:
+        """Everything below a CID as a CAR (version 1), in chunks of any size."""
+        ...
+
+    async def dag_import(self, car: AsyncIterator[bytes], *, pin: bool = True) -> Sequence[str]:
+        """Keep all blocks of a CAR; its roots."""
         ...
 
 
@@ -245,8 +300,8 @@ class Hooks:
     """Every hook there is."""
 
     @hookspec
-    def hfms_storages(self) -> Iterable[Provider[Storage]]:  # type: ignore[empty-body]
-        """Places that models come from."""
+    def hfms_storages(self) -> Iterable[Provider[Storage | ContentStore]]:  # type: ignore[empty-body]
+        """Places that models come from, and places that keep what has a CID."""
 
     @hookspec
     def hfms_hardware(self) -> Iterable[Provider[Hardware]]:  # type: ignore[empty-body]

@@ -33,6 +33,7 @@ def setting(
     le: float | None = None,
     choices: tuple[str, ...] = (),
     secret: bool = False,
+    bare: bool = False,
 ) -> Any:
     """A dataclass field that can be set from `hfms.toml` and from the environment.
 
@@ -40,9 +41,9 @@ def setting(
     help: one sentence, shown in `hfms.toml.example`.
     env: name without prefix; `PORT` is read from HFMS_PORT, then from HF_SERVER_PORT.
     ge, le: bounds of a number, both included. choices: the strings allowed.
-    secret: never printed.
+    secret: never printed. bare: `env` is also read without a prefix, as other programs name it.
     """
-    meta = {"help": help, "env": env, "ge": ge, "le": le, "choices": choices, "secret": secret}
+    meta = {"help": help, "env": env, "ge": ge, "le": le, "choices": choices, "secret": secret, "bare": bare}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -61,11 +62,13 @@ class Setting:
     le: float | None
     choices: tuple[str, ...]
     secret: bool
+    bare: bool
 
     @property
     def variables(self) -> tuple[str, ...]:
         """The variables that it is read from, the strongest first."""
-        return tuple(prefix + self.env for prefix in PREFIXES) if self.env else ()
+        bare = (self.env,) if self.env and self.bare else ()
+        return (*(prefix + self.env for prefix in PREFIXES), *bare) if self.env else ()
 
 
 def settings_of(table: type[Any]) -> Iterator[Setting]:

@@ -21,7 +21,7 @@ from hfms_cli.cli.client import Client, Refused, Unreachable, local_url
 from hfms_cli.cli.hardware import first_choice, probe_all
 from hfms_cli.cli.options import AsJson, ConfigFile
 from hfms_cli.cli.output import console, human_bytes, print_json, printable
-from hfms_cli.config import SWITCHES, TABLES, Config, load_config
+from hfms_cli.config import STORAGE_OFF, STORAGE_SWITCHES, SWITCHES, TABLES, Config, load_config
 from hfms_cli.errors import ConfigError, StartupError, close_matches
 from hfms_cli.hookspecs import KINDS
 from hfms_cli.plugins import Plugins, discover
@@ -229,7 +229,7 @@ def known_variables(plugins: Plugins) -> set[str]:
     tables = [cls for _, cls, _ in TABLES]
     tables += [plugins.record(kind, name).options for kind in KINDS for name in plugins.names(kind)]
     named = {variable for table in tables for s in settings_of(table) for variable in s.variables}
-    own = [*SWITCHES, "API_KEY", "ADMIN_API_KEY"]
+    own = [*SWITCHES, *STORAGE_SWITCHES, *STORAGE_OFF, "API_KEY", "ADMIN_API_KEY"]
     return named | {prefix + name for prefix in PREFIXES for name in own} | {"HFMS_CONFIG"}
 
 

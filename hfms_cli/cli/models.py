@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,7 +14,6 @@ from hfms_cli.cli.options import AsJson, ConfigFile, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
 from hfms_cli.config import load_config
-from hfms_cli.hookspecs import Storage
 from hfms_cli.plugins import discover
 from hfms_cli.types import Manifest, ModelCard, ModelName
 
@@ -26,7 +25,7 @@ T = TypeVar("T")
 app = typer.Typer(help="List, pull, load and remove models.", no_args_is_help=True)
 
 Name = Annotated[
-    str, typer.Argument(metavar="MODEL", help="org/name[@revision], package:NAME, a folder or a GGUF file.")
+    str, typer.Argument(metavar="MODEL", help="org/name[@revision], package:NAME, ipfs://CID, a folder or a GGUF file.")
 ]
 
 
@@ -36,7 +35,7 @@ Name = Annotated[
 @app.command("list")
 def list_models(config: ConfigFile = None, as_json: AsJson = False) -> None:
     """List the models on this disk."""
-    found = _run(_router(config).list())
+    found = _run(_with(_router(config), lambda router: router.list()))
     if as_json:
         print_json([_as_json(m) for m in found])
         return
@@ -49,7 +48,7 @@ def pull(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None
     """Fetch a model to this disk and check every byte."""
     wanted = _parsed(name)
     with pulling(str(wanted)) as progress:
-        manifest, folder = _run(_router(config).pull(wanted, progress))
+        manifest, folder = _run(_with(_router(config), lambda router: router.pull(wanted, progress)))
     if as_json:
         print_json(_as_json(manifest) | {"folder": str(folder)})
         return
@@ -59,7 +58,7 @@ def pull(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None
 @app.command()
 def show(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show what is known of a model; nothing is fetched."""
-    manifest, card = _run(_look(_storages(config), _parsed(name)))
+    manifest, card = _run(_with(_router(config), lambda router: _look(router, _parsed(name))))
     if as_json:
         print_json(_as_json(manifest) | {"files": _files(manifest), "card": _card(card) if card else None})
         return
@@ -81,25 +80,26 @@ def show(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None
 @app.command()
 def rm(name: Name, config: ConfigFile = None) -> None:
     """Delete a model from this disk."""
-    manifest = _run(_router(config).remove(_parsed(name)))
+    manifest = _run(_with(_router(config), lambda router: router.remove(_parsed(name))))
     typer.echo(printable(f"deleted {manifest.name} ({human_bytes(manifest.size)}, {manifest.storage})"))
 
 
-def _storages(config: Path | None) -> list[Storage]:
-    """The storages of the configuration, in its order. Raises StartupError."""
+def _router(config: Path | None) -> Router:
+    """Over the storages of the configuration, in its order. Raises StartupError."""
+    from hfms_cli.models.router import open_router
     from hfms_cli.telemetry import logs
 
     settings = load_config(config)
     logs.configure(settings.log)
-    plugins = discover(settings)
-    return [plugins.create("storage", name, settings) for name in settings.order("storage")]
+    return open_router(settings, discover(settings))
 
 
-def _router(config: Path | None) -> Router:
-    from hfms_cli.models.router import Router
-    from hfms_cli.models.verify import RECEIPTS, Receipts
-
-    return Router(_storages(config), receipts=Receipts(load_config(config).state_dir / RECEIPTS))
+async def _with(router: Router, use: Callable[[Router], Awaitable[T]]) -> T:
+    """Use a router, and close it."""
+    try:
+        return await use(router)
+    finally:
+        await router.close()
 
 
 def _parsed(name: str) -> ModelName:
@@ -108,19 +108,18 @@ def _parsed(name: str) -> ModelName:
     return names.parse(name)
 
 
-async def _look(storages: Sequence[Storage], name: ModelName) -> tuple[Manifest, ModelCard | None]:
+async def _look(router: Router, name: ModelName) -> tuple[Manifest, ModelCard | None]:
     """A model's manifest, and its card where its files are on this disk."""
     from hfms_cli.models.inspect import inspect
-    from hfms_cli.models.router import Router, stands_for
+    from hfms_cli.models.router import stands_for
 
-    router = Router(storages)
     manifest = next((m for m in await router.list() if stands_for(name, m)), None)
     if manifest is None:
         manifest, _ = await router.find(name)
         if name.scheme != "path":
             return manifest, None
     # What is on the disk already is not fetched again: this only asks where it is.
-    storage = next(s for s in storages if s.name == manifest.storage)
+    storage = next(s for s in router.storages if s.name == manifest.storage)
     folder = await storage.fetch(manifest, lambda done, total: None)
     return manifest, inspect(folder, [f.path for f in manifest.files])
 

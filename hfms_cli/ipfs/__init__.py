@@ -1,11 +1,11 @@
 """IPFS without a node: names, blocks, files and archives. Public, as `hfms_cli` itself is, for plugins that store.
 
-    cid        names, and the check of a block against its name
-    unixfs     files and folders as blocks;  shards: large folders;  build: from disk to blocks
-    car        many blocks in one stream;  cbor: its head
-    fetch      blocks from several sources, none of them believed
-    walk       from blocks to files and folders
-    store      the base class of stores
+cid        names, and the check of a block against its name
+unixfs     files and folders as blocks;  shards: large folders;  build: from disk to blocks
+car        many blocks in one stream;  cbor: its head
+fetch      blocks from several sources, none of them believed
+walk       from blocks to files and folders
+store      the base class of stores
 """
 
 from hfms_cli.ipfs.build import CHUNKER, Block, blocks_of_bytes, blocks_of_path, chunk_size

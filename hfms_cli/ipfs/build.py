@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -64,10 +65,7 @@ def blocks_of_path(
 
 def last(blocks: Iterator[Block]) -> Cid:
     """The root of blocks that are not kept."""
-    cid = None
-    for cid, _ in blocks:
-        continue
-    assert cid is not None
+    ((cid, _),) = deque(blocks, maxlen=1)
     return cid
 
 
@@ -83,7 +81,7 @@ class _Builder:
     def file(self, source: BinaryIO) -> Iterator[Block]:
         """Levels of the tree are filled from below; no more than 174 links of each are held."""
         levels: list[list[tuple[Link, int]]] = [[]]
-        while (chunk := source.read(self._chunk)) or not levels[0] and len(levels) == 1:
+        while (chunk := source.read(self._chunk)) or levels == [[]]:
             self._read(len(chunk))
             if self._version == 1:
                 cid, block = Cid.of("raw", chunk), chunk

@@ -1,6 +1,6 @@
 """CAR, version 1: many blocks in one stream. Every block is checked when it is read.
 
-    async for cid, block in read_car(chunks): ...
+async for cid, block in read_car(chunks): ...
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hfms_cli.errors import BadRequest, VerifyFailed
@@ -25,7 +26,7 @@ MAX_BLOCK = 2 * 2**20
 
 LONGEST = 256
 SHA2_256, IDENTITY = 0x12, 0x00
-_HASHES = {
+_HASHES: dict[int, Callable[[bytes], bytes]] = {
     SHA2_256: lambda data: hashlib.sha256(data).digest(),
     0x13: lambda data: hashlib.sha512(data).digest(),
     0x16: lambda data: hashlib.sha3_256(data).digest(),
@@ -75,10 +76,8 @@ def parse(text: str) -> Cid:
     try:
         if len(text) > LONGEST or not text.isascii():
             raise ValueError
-        if len(text) == 46 and text.startswith("Qm"):
-            raw = _from_digits(text, _BASE58)
-        else:
-            raw = _decode(text)
+        old = len(text) == 46 and text.startswith("Qm")
+        raw = _from_digits(text, _BASE58) if old else _decode(text)
         cid, end = decode(raw)
         if end != len(raw):
             raise ValueError

@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, VerifyFailed
 from hfms_cli.ipfs.car import CarReader
@@ -33,7 +33,8 @@ Observe = Callable[[str, str, str, float], None]
 
 
 class Source(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     async def block_get(self, cid: str) -> bytes:
         """A block. Raises NotFound, FetchFailed."""
@@ -42,6 +43,14 @@ class Source(Protocol):
     def car(self, cid: str) -> AsyncIterator[bytes] | None:
         """All blocks below a CID as a CAR, depth first; None where the source sends only single blocks."""
         ...
+
+
+class HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=HasName)
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Health:
         self._observe = observe
         self._conditions: dict[str, Condition] = {}
 
-    def order(self, sources: Sequence[Source]) -> list[Source]:
+    def order(self, sources: Sequence[Named]) -> list[Named]:
         now = self._clock()
         return sorted(sources, key=lambda s: self._conditions.get(s.name, _WELL).until > now)
 
@@ -139,7 +148,7 @@ class Fetch:
                 async with asyncio.timeout(self._patience):
                     block = await source.block_get(str(cid))
                 await checked(cid, block)
-            except (HfmsError, TimeoutError) as exc:
+            except Exception as exc:
                 failures.append(self._failed(source.name, "block_get", exc, start))
             else:
                 self._worked(source.name, "block_get", start)
@@ -158,7 +167,7 @@ class Fetch:
                     break
                 name, block = found
                 await checked(name, block)
-            except (HfmsError, TimeoutError) as exc:
+            except Exception as exc:
                 self._failed(stream.source.name, "dag_export", exc, start)
                 await stream.strike(over=not isinstance(exc, VerifyFailed))
                 if isinstance(exc, VerifyFailed) and name.same_block(cid):
@@ -194,8 +203,8 @@ class Fetch:
         self.served[name] += 1
         self._health.note(name, operation, None, time.perf_counter() - start)
 
-    def _failed(self, name: str, operation: str, exc: HfmsError | TimeoutError, start: float) -> HfmsError:
-        error = exc if isinstance(exc, HfmsError) else _too_slow(name, self._patience)
+    def _failed(self, name: str, operation: str, exc: Exception, start: float) -> HfmsError:
+        error = told(name, exc, self._patience)
         self.tried[name] = error.message
         self._health.note(name, operation, error, time.perf_counter() - start)
         return error
@@ -257,8 +266,13 @@ async def checked(cid: Cid, block: bytes) -> None:
         await asyncio.to_thread(check, cid, block)
 
 
-def _too_slow(name: str, patience: float) -> FetchFailed:
-    return FetchFailed(f"`{name}` did not deliver a block within {patience:g} seconds.")
+def told(name: str, exc: Exception, patience: float) -> HfmsError:
+    """What a source raised, as an HfmsError; what is none is a fault of the source's, and stays hidden."""
+    if isinstance(exc, HfmsError):
+        return exc
+    if isinstance(exc, TimeoutError):
+        return FetchFailed(f"`{name}` did not answer within {patience:g} seconds.")
+    return FetchFailed(f"`{name}` failed ({type(exc).__name__}).")
 
 
 def _worst(cid: Cid, failures: list[HfmsError], tried: dict[str, str]) -> HfmsError:

@@ -1,12 +1,12 @@
 """The base of stores: write four methods, and the others come with them, checked.
 
-    block_get(cid), put_blocks(blocks), pin(cid), unpin(cid)    and, where there is one, `car(cid)`
+block_get(cid), put_blocks(blocks), pin(cid), unpin(cid)    and, where there is one, `car(cid)`
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -77,9 +77,16 @@ class BlockStore:
         return await self._add(blocks_of_bytes(data), pin)
 
     async def add_path(
-        self, path: Path, *, recursive: bool = False, pin: bool = True, chunker: str = CHUNKER
+        self,
+        path: Path,
+        *,
+        recursive: bool = False,
+        pin: bool = True,
+        chunker: str = CHUNKER,
+        read: Callable[[int], object] | None = None,
     ) -> str:
-        return await self._add(blocks_of_path(path, recursive=recursive, chunker=chunker), pin)
+        """read: told of the bytes that were read."""
+        return await self._add(blocks_of_path(path, recursive=recursive, chunker=chunker, read=read or bool), pin)
 
     async def cat(self, cid: str) -> bytes:
         async with aclosing(walk.cat(Fetch(self.sources), parse(cid))) as pieces:

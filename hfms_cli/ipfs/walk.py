@@ -20,7 +20,7 @@ from hfms_cli.ipfs.cid import CODECS, Cid, parse
 from hfms_cli.ipfs.fetch import Fetch
 from hfms_cli.ipfs.unixfs import Kind, Link, Node, links_of, parse_node
 
-__all__ = ["Entry", "cat", "export", "files", "ls", "resolve", "save"]
+__all__ = ["Entry", "cat", "export", "files", "ls", "resolve", "save", "write_file"]
 
 AHEAD = 16
 """Blocks that are asked for before they are needed."""
@@ -51,10 +51,8 @@ async def ls(fetch: Fetch, cid: Cid) -> list[Entry]:
         links = await _children(fetch, cid, node)
     else:
         links = [Link(cid)]
-    entries = []
     async with aclosing(_ahead(fetch, [link.cid for link in links])) as blocks:
-        for link in links:
-            entries.append(_entry(link, parse_node(link.cid, await anext(blocks))))
+        entries = [_entry(link, parse_node(link.cid, await anext(blocks))) for link in links]
     return sorted(entries, key=lambda e: e.name.encode())
 
 
@@ -142,7 +140,7 @@ async def save(fetch: Fetch, cid: Cid, target: Path, progress: Progress = lambda
     It is written beside the target and moved there when it is whole; after an error nothing is left.
     Raises Conflict, VerifyFailed, FetchFailed (of which a full disk is one).
     """
-    if target.is_symlink() or target.exists():
+    if os.path.lexists(target):
         raise Conflict(f"`{target.name}` is there already, and nothing is written over.")
     found = await files(fetch, cid)
     total = sum(entry.size for _, entry in found)
@@ -160,7 +158,7 @@ async def save(fetch: Fetch, cid: Cid, target: Path, progress: Progress = lambda
             raise FetchFailed(f"It needs {total:,} bytes of disk, and {free:,} are free.")
         progress(0, total)
         for path, entry in found:
-            await _write(fetch, entry, draft / path if path else draft, wrote)
+            await write_file(fetch, entry, draft / path if path else draft, wrote)
         if [path for path, _ in found] != [""]:
             await _make_folders(fetch, cid, draft)
         os.rename(draft, target)
@@ -183,7 +181,8 @@ async def _make_folders(fetch: Fetch, cid: Cid, draft: Path) -> None:
         left += [(path / e.name, _cid(e)) for e in await ls(fetch, folder) if e.kind == "folder"]
 
 
-async def _write(fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None]) -> None:
+async def write_file(fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None]) -> None:
+    """Write one file, which must not be there yet. wrote: told of the bytes. Raises OSError, FetchFailed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as file:
         held, size = [], 0

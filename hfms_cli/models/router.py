@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import structlog
 
+from hfms_cli.config import Config
 from hfms_cli.errors import (
     BadRequest,
+    ConfigError,
     FetchFailed,
     GatedModel,
     HfmsError,
@@ -19,16 +21,18 @@ from hfms_cli.errors import (
     NotFound,
 )
 from hfms_cli.hookspecs import Progress, Storage
-from hfms_cli.models.verify import Receipts, verify
+from hfms_cli.ipfs.fetch import Observe
+from hfms_cli.models.content import Content, is_content_store
+from hfms_cli.models.ipfs import IpfsModels, cache_folder
+from hfms_cli.models.verify import RECEIPTS, Receipts, verify
+from hfms_cli.plugins import Plugins
 from hfms_cli.types import Manifest, ModelName
 
-__all__ = ["Observe", "Router", "stands_for"]
+__all__ = ["Observe", "Router", "open_router", "stands_for"]
 
 log = structlog.get_logger("hfms.models")
 
 T = TypeVar("T")
-Observe = Callable[[str, str, str, float], None]
-"""Storage, operation, `ok` or `missing` or `error`, and seconds."""
 
 LOOK_SECONDS = 5.0
 """How old the router's knowledge of the disk may be when a call names a model."""
@@ -44,12 +48,16 @@ class Router:
         self,
         storages: Sequence[Storage],
         *,
+        content: Content | None = None,
         receipts: Receipts | None = None,
         observe: Observe | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """receipts: hashes of files that were verified before. observe: told of every operation."""
-        self._storages = tuple(storages)
+        """content: the stores of what has a CID. receipts: hashes of files that were verified before.
+        observe: told of every operation.
+        """
+        self.storages = tuple(storages)
+        self.content = content or Content(())
         self._receipts = receipts or Receipts()
         self._observe = observe
         self._clock = clock
@@ -89,7 +97,7 @@ class Router:
                 log.warning("storage cannot list", storage=storage.name, error=exc.message)
                 return ()
 
-        return [m for found in await asyncio.gather(*map(listed, self._storages)) for m in found]
+        return [m for found in await asyncio.gather(*map(listed, self.storages)) for m in found]
 
     async def has(self, name: ModelName) -> bool:
         """Whether the model is on this disk. Reads the disk anew at most once in `LOOK_SECONDS`.
@@ -112,13 +120,17 @@ class Router:
             choices = ", ".join(f"`{m.name.rest}@{m.revision}` ({m.storage})" for m in found)
             raise BadRequest(f"`{name}` is on this disk several times; say which: {choices}.", param="model")
         (manifest,) = found if len(found) == 1 else exact
-        storage = next(s for s in self._storages if s.name == manifest.storage)
+        storage = next(s for s in self.storages if s.name == manifest.storage)
         await self._ask(storage, "remove", storage.remove(manifest))
         return manifest
 
+    async def close(self) -> None:
+        """Let go of what the storages hold open."""
+        await self.content.close()
+
     async def _first(self, name: ModelName, attempt: Callable[[Storage], Awaitable[T | None]]) -> tuple[T, Storage]:
         """The first storage that claims the name and for which `attempt` answers something."""
-        asked = [s for s in self._storages if s.claims(name)]
+        asked = [s for s in self.storages if s.claims(name)]
         failures: list[tuple[Storage, HfmsError]] = []
         for storage in asked:
             try:
@@ -170,6 +182,25 @@ class Router:
         finally:
             if self._observe is not None:
                 self._observe(storage.name, operation, status, time.perf_counter() - start)
+
+
+def open_router(config: Config, plugins: Plugins, *, observe: Observe | None = None) -> Router:
+    """The router over the storages that the configuration names. Raises ConfigError, PluginError.
+
+    Those with content-addressed verbs answer for `ipfs://CID` together, where the first of them stands.
+    """
+    made = {name: plugins.create("storage", name, config) for name in config.order("storage")}
+    backend = config.storage.backend
+    stores = sorted((s for s in made.values() if is_content_store(s)), key=lambda s: s.name != backend)
+    if backend and not (stores and stores[0].name == backend):
+        raise ConfigError(f"IPFS_BACKEND is `{backend}`, a storage that keeps nothing with a CID", param="backend")
+    content = Content(stores, patience=config.storage.block_seconds, observe=observe)
+    models = [s for s in made.values() if not is_content_store(s) or hasattr(s, "find")]
+    if stores:
+        first = next(i for i, s in enumerate(made.values()) if is_content_store(s))
+        at = sum(not is_content_store(s) for s in [*made.values()][:first])
+        models.insert(at, IpfsModels(content, cache_folder(config.storage.cache_dir)))
+    return Router(models, content=content, receipts=Receipts(config.state_dir / RECEIPTS), observe=observe)
 
 
 def stands_for(name: ModelName, manifest: Manifest) -> bool:

@@ -14,8 +14,7 @@ from hfms_cli.errors import ConfigError, Unavailable
 from hfms_cli.hookspecs import Hardware, Middleware
 from hfms_cli.models.loader import Loader
 from hfms_cli.models.pool import Pool, describe
-from hfms_cli.models.router import Router
-from hfms_cli.models.verify import RECEIPTS, Receipts
+from hfms_cli.models.router import Router, open_router
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving.road import Road
 from hfms_cli.telemetry.metrics import Metrics
@@ -50,9 +49,8 @@ class Runtime:
         for middleware in middlewares:
             middleware.metrics(metrics.registry)
         hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
-        storages = [plugins.create("storage", n, config) for n in config.storage.order]
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
-        router = Router(storages, receipts=Receipts(config.state_dir / RECEIPTS), observe=metrics.storage)
+        router = open_router(config, plugins, observe=metrics.storage)
         pool = Pool(
             Loader(config, router, engines, hardware),
             restart_limit=config.engine.restart_limit,
@@ -95,7 +93,7 @@ class Runtime:
                 {"name": i.name, "package": i.package, "version": i.version, "enabled": i.enabled, "error": i.error}
                 for i in self.plugins.infos
             ],
-            "storage": {"order": self.config.storage.order},
+            "storage": {"order": self.config.order("storage"), "content": self.router.content.status()},
             "middleware": {m.name: m.status() for m in self.middlewares},
             "warnings": self.warnings,
         }
@@ -136,6 +134,7 @@ class Runtime:
         await self.pool.close()
         for middleware in self.middlewares:
             await middleware.close()
+        await self.router.close()
 
 
 def _refuse_open_door(config: Config, guarded: bool) -> list[str]:

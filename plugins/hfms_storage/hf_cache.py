@@ -30,11 +30,14 @@ from hfms_cli import (
     ModelName,
     ModelNotFound,
     Progress,
+    SeveralModels,
     VerifyFailed,
     __version__,
+    choose,
+    gguf_models,
+    gguf_tag,
     setting,
 )
-from hfms_storage.files import SeveralModels, choose, gguf_models, gguf_tag
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo

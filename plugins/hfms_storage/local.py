@@ -7,8 +7,17 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfms_cli import BadRequest, Manifest, ModelFile, ModelName, ModelNotFound, Progress
-from hfms_storage.files import SeveralModels, choose, gguf_models
+from hfms_cli import (
+    BadRequest,
+    Manifest,
+    ModelFile,
+    ModelName,
+    ModelNotFound,
+    Progress,
+    SeveralModels,
+    choose,
+    gguf_models,
+)
 
 
 class Local:

@@ -15,8 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from hfms_cli import FetchFailed, ModelFile, ModelNotFound, UnsafeFormat, VerifyFailed
-from hfms_storage.files import PICKLES, SeveralModels, choose
+from hfms_cli import PICKLES, FetchFailed, ModelFile, ModelNotFound, SeveralModels, UnsafeFormat, VerifyFailed, choose
 
 __all__ = ["unpack"]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfms_storage.files import SeveralModels, choose, gguf_models, gguf_tag
+from hfms_cli.model_files import SeveralModels, choose, gguf_models, gguf_tag
 
 SIDE = [
     "config.json",
