@@ -8,7 +8,7 @@ walk       from blocks to files and folders
 store      the base class of stores
 """
 
-from hfms_cli.ipfs.build import CHUNKER, Block, blocks_of_bytes, blocks_of_path, chunk_size
+from hfms_cli.ipfs.build import CHUNKER, Block, blocks_of_bytes, blocks_of_path, chunk_size, root_of
 from hfms_cli.ipfs.car import CarReader, car_header, car_section
 from hfms_cli.ipfs.cid import CODECS, MAX_BLOCK, Cid, check, parse
 from hfms_cli.ipfs.fetch import Fetch, Health, Source
@@ -35,4 +35,5 @@ __all__ = [
     "check",
     "chunk_size",
     "parse",
+    "root_of",
 ]

@@ -21,7 +21,7 @@ from hfms_cli.ipfs.cid import Cid
 from hfms_cli.ipfs.shards import shards
 from hfms_cli.ipfs.unixfs import Kind, Link, encode_node
 
-__all__ = ["CHUNKER", "Block", "blocks_of_bytes", "blocks_of_path", "chunk_size", "last"]
+__all__ = ["CHUNKER", "Block", "blocks_of_bytes", "blocks_of_path", "chunk_size", "root_of"]
 
 Block = tuple[Cid, bytes]
 
@@ -45,13 +45,18 @@ def blocks_of_bytes(data: bytes, *, chunker: str = CHUNKER, version: int = 1) ->
 
 
 def blocks_of_path(
-    path: Path, *, recursive: bool = False, chunker: str = CHUNKER, read: Callable[[int], object] = bool
+    path: Path,
+    *,
+    recursive: bool = False,
+    chunker: str = CHUNKER,
+    version: int = 1,
+    read: Callable[[int], object] = bool,
 ) -> Iterator[Block]:
     """Every block of a file or folder; the last one is its root. read: told of the bytes that were read.
 
     Raises BadRequest for what is no file, for a folder without `recursive`, and for links that lead out of the folder.
     """
-    builder = _Builder(chunk_size(chunker), read=read)
+    builder = _Builder(chunk_size(chunker), version, read)
     try:
         if not path.is_dir():
             yield from builder.path(path)
@@ -63,7 +68,7 @@ def blocks_of_path(
         raise FetchFailed(f"`{path.name}` could not be read: {exc.strerror}.") from exc
 
 
-def last(blocks: Iterator[Block]) -> Cid:
+def root_of(blocks: Iterator[Block]) -> Cid:
     """The root of blocks that are not kept."""
     ((cid, _),) = deque(blocks, maxlen=1)
     return cid
@@ -142,7 +147,7 @@ class _Builder:
         made: list[Block] = []
 
         def put(block: bytes) -> Cid:
-            made.append((Cid.of("dag-pb", block), block))
+            made.append((self._named(block), block))
             return made[-1][0]
 
         if sum(len(e.name.encode()) + len(bytes(e.cid)) for e in entries) >= SHARD_ABOVE:

@@ -23,7 +23,7 @@ __all__ = ["PATIENCE", "Fetch", "Health", "Observe", "Source", "checked"]
 PATIENCE = 30.0
 """Seconds that one block may take."""
 KEEP = 32 * 2**20
-"""Bytes of blocks that came before they were asked for."""
+"""Bytes of blocks that are held: they may come before they are asked for, and be asked for again."""
 STRIKES = 3
 """Wrong blocks in one stream, after which nothing more is read from it."""
 LONGEST_PAUSE = 60.0
@@ -109,8 +109,8 @@ class Fetch:
         self._sources = sources
         self._health = health or Health()
         self._patience = patience
-        self._early: OrderedDict[bytes, bytes] = OrderedDict()
-        self._early_size = 0
+        self._held: OrderedDict[bytes, bytes] = OrderedDict()
+        self._held_size = 0
         self._stream: _Stream | None = None
         self._turn = asyncio.Lock()
 
@@ -118,11 +118,11 @@ class Fetch:
         """A block, checked. Raises NotFound, or what kept the sources from delivering it."""
         if cid.inline is not None:
             return cid.inline
-        if (block := self._take_early(cid)) is not None:
+        if (block := self._take(cid)) is not None:
             return block
         if self._stream is not None:
             async with self._turn:
-                block = self._take_early(cid)
+                block = self._take(cid)
                 if block is None:
                     block = await self._from_stream(cid)
             if block is not None:
@@ -132,7 +132,7 @@ class Fetch:
     @asynccontextmanager
     async def all_of(self, cid: Cid) -> AsyncGenerator[None, None]:
         """Says that all blocks below a CID will be asked for, depth first, until the context ends."""
-        self._stream = _Stream(cid, iter(self._health.order(self._sources)))
+        self._stream = _Stream(cid, iter(self._health.order(self._sources)), self._patience)
         try:
             yield
         finally:
@@ -152,13 +152,15 @@ class Fetch:
                 failures.append(self._failed(source.name, "block_get", exc, start))
             else:
                 self._worked(source.name, "block_get", start)
+                self._keep(cid, block)
                 return block
         raise _worst(cid, failures, self.tried)
 
     async def _from_stream(self, cid: Cid) -> bytes | None:
         """Read on until the block comes; None where it has to be asked for."""
         stream = self._stream
-        while stream is not None and await stream.ready():
+        # A stream may send each block only once; reading on for one that was there would read to its end.
+        while stream is not None and cid.digest not in stream.seen and await stream.ready():
             start = time.perf_counter()
             try:
                 async with asyncio.timeout(self._patience):
@@ -174,6 +176,7 @@ class Fetch:
                     break  # the stream has nothing better to say of this one
                 continue
             self._worked(stream.source.name, "dag_export", start)
+            self._keep(name, block)
             if name.same_block(cid):
                 stream.unasked = 0
                 return block
@@ -182,21 +185,19 @@ class Fetch:
                 error = FetchFailed(f"`{stream.source.name}` sends what nobody asked for.")
                 self._failed(stream.source.name, "dag_export", error, start)
                 await stream.strike(over=True)
-            self._keep_early(name, block)
         return None
 
-    def _keep_early(self, cid: Cid, block: bytes) -> None:
-        self._early[cid.digest] = block
-        self._early_size += len(block)
-        while self._early_size > KEEP:
-            _, old = self._early.popitem(last=False)
-            self._early_size -= len(old)
+    def _keep(self, cid: Cid, block: bytes) -> None:
+        self._held_size += len(block) - len(self._held.pop(cid.digest, b""))
+        self._held[cid.digest] = block
+        while self._held_size > KEEP:
+            _, old = self._held.popitem(last=False)
+            self._held_size -= len(old)
 
-    def _take_early(self, cid: Cid) -> bytes | None:
-        """A file may have the same block several times, and the stream sends it once: so it stays."""
-        block = self._early.get(cid.digest)
+    def _take(self, cid: Cid) -> bytes | None:
+        block = self._held.get(cid.digest)
         if block is not None:
-            self._early.move_to_end(cid.digest)
+            self._held.move_to_end(cid.digest)
         return block
 
     def _worked(self, name: str, operation: str, start: float) -> None:
@@ -211,12 +212,14 @@ class Fetch:
 
 
 class _Stream:
-    """The CAR of the first source that sends one. A source that fails before its first block gives way to the next."""
+    """The CAR of the first source that has the root. One that fails before its first block gives way to the next."""
 
-    def __init__(self, root: Cid, sources: Iterator[Source]) -> None:
+    def __init__(self, root: Cid, sources: Iterator[Source], patience: float) -> None:
         self.source: Source
         self.unasked = 0
+        self.seen: set[bytes] = set()
         self._root = root
+        self._patience = patience
         self._left = sources
         self._blocks: AsyncGenerator[tuple[Cid, bytes], None] | None = None
         self._chunks: AsyncIterator[bytes] | None = None
@@ -229,7 +232,16 @@ class _Stream:
             if source is None:
                 return False
             self.source, self._chunks = source, source.car(str(self._root))
+            if self._chunks is None and await self._has_root(source):
+                self._left = iter(())  # it is asked block by block, and nobody else has to send a stream
         return self._chunks is not None
+
+    async def _has_root(self, source: Source) -> bool:
+        try:
+            async with asyncio.timeout(self._patience):
+                return bool(await source.block_get(str(self._root)))
+        except Exception:  # the source is asked again, and then its error is noted
+            return False
 
     async def read(self) -> tuple[Cid, bytes] | None:
         if self._blocks is None:
@@ -242,6 +254,8 @@ class _Stream:
         if found is None:
             await self.close()
             self._got += 1  # a stream that ended well has no successor
+        else:
+            self.seen.add(found[0].digest)
         return found
 
     async def strike(self, *, over: bool) -> None:

@@ -140,7 +140,7 @@ async def save(fetch: Fetch, cid: Cid, target: Path, progress: Progress = lambda
     It is written beside the target and moved there when it is whole; after an error nothing is left.
     Raises Conflict, VerifyFailed, FetchFailed (of which a full disk is one).
     """
-    if os.path.lexists(target):
+    if await asyncio.to_thread(os.path.lexists, target):
         raise Conflict(f"`{target.name}` is there already, and nothing is written over.")
     found = await files(fetch, cid)
     total = sum(entry.size for _, entry in found)

@@ -16,8 +16,19 @@ import structlog
 
 from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, Unsupported, VerifyFailed
 from hfms_cli.hookspecs import ContentStore
-from hfms_cli.ipfs import CHUNKER, BlockStore, Cid, Fetch, Health, Source, blocks_of_bytes, blocks_of_path, parse, walk
-from hfms_cli.ipfs.build import last
+from hfms_cli.ipfs import (
+    CHUNKER,
+    BlockStore,
+    Cid,
+    Fetch,
+    Health,
+    Source,
+    blocks_of_bytes,
+    blocks_of_path,
+    parse,
+    root_of,
+    walk,
+)
 from hfms_cli.ipfs.fetch import PATIENCE, Observe, told
 
 __all__ = ["Content", "Receipt", "is_content_store"]
@@ -74,7 +85,7 @@ class Content:
     # Writing: the first store that can.
 
     async def add_bytes(self, data: bytes, *, pin: bool = True) -> tuple[str, Receipt]:
-        expected = last(blocks_of_bytes(data))
+        expected = root_of(blocks_of_bytes(data))
         return await self._named(expected, "add_bytes", lambda store: store.add_bytes(data, pin=pin))
 
     async def add_path(
@@ -91,7 +102,7 @@ class Content:
         async def add(store: ContentStore) -> str:
             if isinstance(store, BlockStore):  # it takes the blocks that hfms makes, and so their CIDs
                 return await store.add_path(path, recursive=recursive, pin=pin, chunker=chunker, read=progress)
-            expected = last(blocks_of_path(path, recursive=recursive, chunker=chunker))
+            expected = root_of(blocks_of_path(path, recursive=recursive, chunker=chunker))
             return _same(expected, await store.add_path(path, recursive=recursive, pin=pin, chunker=chunker))
 
         return await self._first("add_path", add)
@@ -152,7 +163,7 @@ class Content:
                 continue
             self._health.note(store.name, operation, None, time.perf_counter() - start)
             tried = {name: error.message for name, error in failures.items()}
-            log.info("stored", operation=operation, backend=store.name, tried=tried)
+            log.debug("stored", operation=operation, backend=store.name, tried=tried)
             return result, Receipt(store.name, tried)
         raise _worst(operation, failures)
 

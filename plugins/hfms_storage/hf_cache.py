@@ -3,6 +3,8 @@
 Everything goes through huggingface_hub, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean
 everywhere (it reads them when it is first imported), and what other programs have fetched is found. Of a repository
 only what an engine needs is fetched. Where the Hub cannot be asked, what is here whole answers for it.
+
+Beside the cache it keeps whatever has a CID: see `blocks.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from hfms_cli import (
     gguf_tag,
     setting,
 )
+from hfms_storage.blocks import BlockFolder, beside
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
@@ -54,6 +57,7 @@ class HfCacheOptions:
 
     endpoint: str = setting("", "The Hub, or a mirror of it; empty: HF_ENDPOINT, then https://huggingface.co.")
     cache_dir: str = setting("", "The Hub's cache; empty: HF_HUB_CACHE, then HF_HOME, then its usual place.")
+    blocks_dir: str = setting("", 'Where what has a CID is kept; empty: "ipfs" beside the Hub\'s cache.')
     quant: str = setting("", "Which GGUF to take of several where a name does not say, such as Q4_K_M; empty: ask.")
 
 
@@ -78,8 +82,8 @@ class Snapshot:
         return None if "main" in self.info.refs else min(self.info.refs, default=self.info.commit_hash)
 
 
-class HfCache:
-    """Models of the Hugging Face Hub."""
+class HfCache(BlockFolder):
+    """Models of the Hugging Face Hub, and beside its cache what has a CID."""
 
     name = "hf_cache"
 
@@ -117,6 +121,10 @@ class HfCache:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self._options.endpoint or None, library_name="hfms", library_version=__version__)
+
+    @property
+    def blocks_root(self) -> Path:
+        return Path(self._options.blocks_dir).expanduser() if self._options.blocks_dir else beside(self.root)
 
     @property
     def root(self) -> Path:
