@@ -36,8 +36,13 @@ def cids_in(value: Any) -> Iterator[Cid]:
 
 def dump_header(roots: list[Cid]) -> bytes:
     """The head of a CAR: {"roots": [...], "version": 1}."""
-    told = b"".join(b"\xd8\x2a\x58" + bytes([len(bytes(c)) + 1]) + b"\0" + bytes(c) for c in roots)
+    told = b"".join(b"\xd8\x2a" + _bytes(b"\0" + bytes(cid)) for cid in roots)
     return b"\xa2\x65roots" + bytes([0x80 + len(roots)]) + told + b"\x67version\x01"
+
+
+def _bytes(data: bytes) -> bytes:
+    """Nodes refuse a length that could have been written shorter."""
+    return (bytes([0x40 + len(data)]) if len(data) < 24 else bytes([0x58, len(data)])) + data
 
 
 def _value(raw: bytes, at: int, depth: int) -> tuple[Any, int]:

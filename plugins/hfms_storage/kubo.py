@@ -75,17 +75,25 @@ class Kubo(BlockStore):
         # Not tried on one road and then on the other: the blocks come only once.
         road = await self._road()
         final: Cid | None = None
+        fault: HfmsError | None = None
 
         async def car() -> AsyncGenerator[bytes, None]:
-            nonlocal final
+            nonlocal final, fault
             yield car_header([_NO_ROOT])
             yield car_section(_NO_ROOT, b"")
-            async for cid, block in blocks:
-                final = cid
-                yield car_section(cid, block)
+            try:
+                async for cid, block in blocks:
+                    final = cid
+                    yield car_section(cid, block)
+            except HfmsError as exc:
+                fault = exc
+                raise
 
-        async with aclosing(car()) as body:
-            await road.send("dag/import", body, **{"pin-roots": "false"})
+        try:
+            async with aclosing(car()) as body:
+                await road.send("dag/import", body, **{"pin-roots": "false"})
+        except HfmsError as exc:
+            raise fault or exc from None  # what ended the blocks, and not that they ended
         # A node may fail after its answer has begun; whether it took all is seen by what it has.
         if final is not None and final.inline is None:
             check(final, await road.call("block/get", str(final)))
