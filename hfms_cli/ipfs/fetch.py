@@ -251,9 +251,10 @@ class _Stream:
             self._blocks = reader.blocks()
         found = await anext(self._blocks, None)
         self._got += found is not None
+        if found is None and not self._got:
+            raise NotFound("It sends a CAR without blocks.")
         if found is None:
             await self.close()
-            self._got += 1  # a stream that ended well has no successor
         else:
             self.seen.add(found[0].digest)
         return found

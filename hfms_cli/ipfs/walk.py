@@ -75,10 +75,13 @@ async def files(fetch: Fetch, cid: Cid) -> list[tuple[str, Entry]]:
     """
     found: list[tuple[str, Entry]] = []
     left = deque([("", cid, 0)])
+    listed: dict[Cid, list[Entry]] = {}  # a few blocks may stand for very many folders
     while left:
         above, folder, depth = left.popleft()
-        for entry in await ls(fetch, folder):
-            if entry.name == "" and not above and folder == cid:
+        if folder not in listed:
+            listed[folder] = await ls(fetch, folder)
+        for entry in listed[folder]:
+            if entry.cid == str(folder):  # what is no folder lists itself
                 return [("", entry)] if entry.kind == "file" else _refuse_link(entry)
             _refuse_unsafe(entry, depth)
             path = f"{above}{entry.name}"
