@@ -218,7 +218,19 @@ async def test_what_is_missing_is_not_found(case):
         await case.store.cat(missing)
 
 
-ODD = ["", "-o", "--help", "../../etc/passwd", "/etc/passwd", "a\0b", "Qm" + "1" * 4096, "b" * 4096, "bafkrei", "ü", "Qm/.."]
+ODD = [
+    "",
+    "-o",
+    "--help",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\0b",
+    "Qm" + "1" * 4096,
+    "b" * 4096,
+    "bafkrei",
+    "ü",
+    "Qm/..",
+]
 
 
 @pytest.mark.parametrize("cid", ODD)
