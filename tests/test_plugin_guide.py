@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from hfms_cli import Call, Caller, Chunk, Device, LoadRequest, ModelCard, ModelName, Overloaded
+from hfms_cli import Call, Caller, Chunk, Device, LoadRequest, ModelCard, ModelName, NotFound, Overloaded
 from hfms_cli.config import Config
 from hfms_cli.hookspecs import KINDS, Hooks
 from hfms_cli.plugins import PluginInfo, Plugins
@@ -69,6 +69,18 @@ async def test_middleware_of_the_guide_gives_one_answer_at_a_time():
     await first.aclose()
     assert [c.text async for c in polite.call(call_of("ann"), proceed)] == ["one", "two"]
     assert polite.status() == {"refused": 1}
+
+
+async def test_content_store_of_the_guide_keeps_and_gives():
+    from hfms_cli.models.content import Content
+
+    plugins, _ = loaded("A content store")
+    store = plugins.create("storage", "memory", Config())
+    cid, receipt = await Content([store]).add_bytes(bytes(600_000))
+    assert (receipt.backend, await store.cat(cid)) == ("memory", bytes(600_000))
+    await store.unpin(cid)
+    with pytest.raises(NotFound):
+        await store.unpin(cid)
 
 
 async def test_storage_of_the_guide_finds_folders_and_no_paths(tmp_path):

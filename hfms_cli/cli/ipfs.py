@@ -162,6 +162,21 @@ def import_car(
     _answer(as_json, {"roots": list(roots)}, "\n".join(roots), _kept_by(receipt))
 
 
+@app.command()
+def gc(config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Delete from this disk what nobody pinned."""
+
+    async def work(content: Content) -> dict[str, int]:
+        return {store.name: await store.gc() for store in content.stores if hasattr(store, "gc")}
+
+    freed = _with(config, None, work)
+    if as_json:
+        print_json({"freed_bytes": freed})
+        return
+    for name, size in freed.items():
+        typer.echo(printable(f"{name}: freed {human_bytes(size)}"))
+
+
 def _with(config: Path | None, backend: str | None, work: Callable[[Content], Awaitable[T]]) -> T:
     """Open the storages, work with them, and close them."""
     import asyncio

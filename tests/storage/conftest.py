@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from safetensors.numpy import save
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
 from hfms_storage.package import Package, PackageOptions
 from tests.storage.hub import Hub, Repo
-from tests.storage.node import Node, installed, running
 from tests.storage.wheels import Index
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
@@ -81,23 +80,3 @@ async def index(pip: None, tmp_path: Path) -> AsyncIterator[Index]:
 @pytest.fixture
 def package(index: Index, tmp_path: Path) -> Package:
     return Package(PackageOptions(cache_dir=str(tmp_path / "cache"), index_url=index.url))
-
-
-@pytest.fixture(scope="session")
-def node_packages(model_cache: Path) -> Path:
-    """Where an IPFS node is installed."""
-    return installed(model_cache)
-
-
-@pytest.fixture(scope="session")
-def node(node_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A real IPFS node."""
-    with running(node_packages, tmp_path_factory.mktemp("ipfs") / "repo") as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def other_node(node_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A second one, which knows the first only once it is told."""
-    with running(node_packages, tmp_path_factory.mktemp("ipfs-other") / "repo") as started:
-        yield started

@@ -1,4 +1,4 @@
-"""The storage `ipfs_kit`: objects of that library's shape over a real node, libraries that lie, and ones that do harm."""
+"""The storage `ipfs_kit`: objects of that library's shape over a real node, and libraries that lie or do harm."""
 
 import random
 import sys

@@ -149,7 +149,10 @@ def test_the_storages_come_in_by_the_entry_point():
     plugins = Plugins()
     info = PluginInfo("storage", "hfms_storage", "hfms", "0")
     plugins.add(info, hfms_storage)
-    assert (info.error, plugins.names("storage")) == (None, ["local", "package", "hf_cache"])
+    assert (info.error, plugins.names("storage")) == (
+        None,
+        ["local", "package", "ipfs_kit", "hf_cache", "kubo", "gateway"],
+    )
 
 
 # The real thing.
