@@ -147,7 +147,7 @@ def check_folders(plugins: Plugins, config: Config) -> Iterator[Finding]:
     """Whether what is fetched can be kept, and whether the operator's folders are there."""
     for name in config.order("storage"):
         with suppress(StartupError):  # told of by check_plugins
-            root: Path | None = plugins.create("storage", name, config).root
+            root: Path | None = getattr(plugins.create("storage", name, config), "root", None)
             if root is not None:
                 yield cache_folder(f"[storage.{name}]", root)
     for folder in map(Path, config.models.folders):

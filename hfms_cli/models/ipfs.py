@@ -11,8 +11,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import msgspec
@@ -29,6 +30,7 @@ __all__ = ["IpfsModels", "cache_folder"]
 
 log = structlog.get_logger("hfms.models")
 
+ABANDONED_AFTER = 24 * 3600  # seconds; a fetch that was killed leaves its folder behind
 GGUF = "model.gguf"
 """What a GGUF file is called that has a CID and no name."""
 
@@ -68,6 +70,7 @@ class IpfsModels:
         chosen = await _choose(fetch, cid, manifest.name)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(self._sweep)
             _refuse_what_does_not_fit(sum(e.size for e in chosen.values()), self.root)
             with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
                 draft = Path(temp, "new")
@@ -119,6 +122,12 @@ class IpfsModels:
                 continue
             if kept:
                 yield kept
+
+    def _sweep(self) -> None:
+        for left in self.root.glob(".fetch-*"):
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _put(self, draft: Path, cid: Cid) -> None:
         folder = self._folder(cid)

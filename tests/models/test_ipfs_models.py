@@ -1,6 +1,7 @@
 """Models by CID: found, fetched block by block, kept, listed and removed, whoever served them."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -134,6 +135,14 @@ async def test_a_name_that_holds_no_cid_is_refused(name, tmp_path):
 async def test_a_cid_takes_no_revision(shelf, tmp_path):
     with pytest.raises(BadRequest, match="no revision"):
         await models(shelf, root=tmp_path / "ipfs").pull(parse(f"ipfs://{shelf.cid}@main"), ignore)
+
+
+async def test_what_a_killed_fetch_left_goes_after_a_day(shelf, tmp_path):
+    (tmp_path / "ipfs" / ".fetch-old").mkdir(parents=True)
+    (tmp_path / "ipfs" / ".fetch-new").mkdir()
+    os.utime(tmp_path / "ipfs" / ".fetch-old", (0, 0))
+    await models(shelf, root=tmp_path / "ipfs").pull(parse(f"ipfs://{shelf.cid}"), ignore)
+    assert {p.name for p in (tmp_path / "ipfs").iterdir()} == {".fetch-new", shelf.cid}
 
 
 async def test_a_cache_that_cannot_be_written_is_said(shelf, tmp_path):
