@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import tomli_w
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfms_cli.config import STORAGE_OFF, STORAGE_SWITCHES, SWITCHES, TABLES, Config, StorageConfig, load_config
@@ -308,6 +308,7 @@ whole_files = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)  # a busy machine may take its time
 @given(tables=whole_files)
 def test_any_file_of_right_values_is_read_as_written(tables, tmp_path_factory):
     path = tmp_path_factory.mktemp("round") / "hfms.toml"

@@ -253,9 +253,10 @@ async def _to_stdout(chunks: AsyncGenerator[bytes, None]) -> int:
 async def _to_file(chunks: AsyncGenerator[bytes, None], target: Path) -> int:
     """Write a file that is not there yet, whole or not at all."""
     import asyncio
+    import secrets
     from contextlib import aclosing
 
-    draft = target.with_name(f".{target.name[:100]}.part")
+    draft = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}")
     try:
         size = 0
         async with aclosing(chunks):

@@ -62,16 +62,6 @@ class Content:
         self._patience = patience
         self._health = Health(observe=observe, clock=clock)
 
-    def first(self, name: str) -> Content:
-        """The same, asking one store before the others. Raises BadRequest where there is none of that name."""
-        chosen = [s for s in self.stores if s.name == name]
-        if not chosen:
-            there = ", ".join(s.name for s in self.stores) or "none"
-            raise BadRequest(f"No storage `{name}` that keeps what has a CID is in use; there are: {there}.")
-        other = Content([*chosen, *(s for s in self.stores if s.name != name)], patience=self._patience)
-        other._health = self._health
-        return other
-
     # Reading: `fetch()` gives blocks to the functions of `hfms_cli.ipfs.walk`, and afterwards says who served them.
 
     def fetch(self) -> Fetch:

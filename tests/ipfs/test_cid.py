@@ -1,7 +1,7 @@
 """CIDs: read in every base, printed in one, and checked against bytes."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfms_cli.errors import BadRequest, VerifyFailed
@@ -34,6 +34,7 @@ def test_an_old_cid_stays_what_it_was():
 
 
 @given(st.binary(max_size=100), st.sampled_from(sorted(CODECS)), st.binary(max_size=10))
+@settings(deadline=None)
 def test_a_cid_survives_text_and_bytes(data, codec, behind):
     cid = Cid.of(codec, data)
     assert parse(str(cid)) == cid
@@ -41,6 +42,7 @@ def test_a_cid_survives_text_and_bytes(data, codec, behind):
 
 
 @given(st.binary(min_size=1, max_size=200), st.integers(0), st.integers(1, 255))
+@settings(deadline=None)
 def test_no_changed_byte_passes(data, at, change):
     cid = Cid.of("raw", data)
     check(cid, data)
@@ -51,6 +53,7 @@ def test_no_changed_byte_passes(data, at, change):
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_text_that_is_no_cid_is_refused_by_name(text):
     try:
         cid = parse(text)
@@ -61,6 +64,7 @@ def test_text_that_is_no_cid_is_refused_by_name(text):
 
 
 @given(st.binary(max_size=60))
+@settings(deadline=None)
 def test_bytes_that_are_no_cid_raise_nothing_else(raw):
     try:
         cid, end = decode(raw)

@@ -116,14 +116,6 @@ async def test_a_store_that_failed_is_asked_last_until_its_pause_is_over(shelves
     assert content.status()[0] == {"name": "down", "failures": 0, "error": None}
 
 
-async def test_the_one_asked_for_comes_first_and_the_others_stand_behind_it():
-    a, b = Shelf("a"), Shelf("b")
-    content = Content([a, b])
-    assert (await content.first("b").add_bytes(b"x"))[1].backend == "b"
-    with pytest.raises(BadRequest, match="there are: a, b"):
-        content.first("c")
-
-
 @pytest.mark.parametrize("answer", ["bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku", "--help", ""])
 async def test_a_store_that_answers_with_another_cid_is_not_believed(answer, tmp_path):
     (tmp_path / "file").write_bytes(DATA)

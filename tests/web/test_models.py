@@ -96,3 +96,20 @@ async def test_unloading_waits_for_the_call_in_flight(serve):
         assert status == 200
         status, body = await call
         assert (status, body["usage"]["completion_tokens"]) == (200, 40)
+
+
+async def test_status_tells_how_each_source_of_what_has_a_cid_is(serve):
+    async with serve("echo:a", toml='[storage]\norder = ["echo", "hf_cache", "kubo"]') as server:
+        cid, _ = await server.runtime.router.content.add_bytes(b"x", pin=False)
+        _, status = await server.get("/status")
+        assert status["storage"] == {
+            "order": ["echo", "hf_cache", "kubo"],
+            "content": [
+                {"name": "hf_cache", "failures": 0, "error": None},
+                {"name": "kubo", "failures": 0, "error": None},
+            ],
+        }
+        async with server.session.get(f"{server.url}/metrics") as response:
+            told = await response.text()
+        assert 'operation="add_bytes"' in told
+        assert cid.startswith("bafkrei")
