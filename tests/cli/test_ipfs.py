@@ -136,7 +136,7 @@ def test_a_model_is_pulled_by_its_cid(ipfs, hfms, tmp_path):
 ODD = ["--help", "-o", "../../etc/passwd", "/etc/passwd", "ipfs://", "", "b" * 4096, "\x1b[2J", "Qm/../.."]
 
 
-@pytest.mark.parametrize(("name", "verb"), zip(ODD, itertools.cycle(["cat", "get", "pin", "export", "ls"])))
+@pytest.mark.parametrize(("name", "verb"), [*zip(ODD, itertools.cycle(["cat", "get", "pin", "export", "ls"]))])
 def test_an_odd_name_is_refused_plainly_and_nothing_is_written(hfms, name, verb, tmp_path):
     before = set(os.listdir(tmp_path))
     done = hfms("ipfs", verb, "--", name, env=HERE)

@@ -17,6 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from hfms_cli.ipfs import parse
+
 HERE = Path(__file__).parent / "node"
 FILES = ("package.json", "package-lock.json", "node.mjs")
 
@@ -60,9 +62,11 @@ class Node:
             ):
                 return json.loads((await response.read()).splitlines()[-1])["Hash"]
 
-    async def pins(self) -> list[str]:
-        said = await self.ask("pin/ls", type="recursive", **{"cid-base": "base32"})
-        return [pin for line in said.splitlines() for pin in _keys(json.loads(line))]
+    async def holds_pinned(self, cid: str) -> bool:
+        """Whether it holds a CID pinned, in whatever form it writes that."""
+        said = await self.ask("pin/ls", type="recursive")
+        held = [pin for line in said.splitlines() for pin in _keys(json.loads(line))]
+        return any(parse(pin).same_block(parse(cid)) for pin in held)
 
     async def connect(self, other: Node) -> None:
         await self.ask("swarm/connect", other.addresses[0])

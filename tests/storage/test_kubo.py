@@ -30,9 +30,9 @@ async def kubo(node):
 async def test_what_hfms_adds_the_node_reads_and_holds_pinned(kubo, node):
     cid = await kubo.add_bytes(some(1), pin=True)
     assert await node.ask("cat", cid) == some(1)
-    assert cid in await node.pins()
+    assert await node.holds_pinned(cid)
     await kubo.unpin(cid)
-    assert cid not in await node.pins()
+    assert not await node.holds_pinned(cid)
 
 
 async def test_what_one_node_has_comes_through_another(node, other_node):
