@@ -36,6 +36,18 @@ Progress = Callable[[int, int], None]
 """Bytes so far and bytes in all."""
 
 
+class Report(Protocol):
+    """Told what a load is doing now."""
+
+    def __call__(self, phase: str, done: float | None = None) -> None:
+        """phase: one word, such as `compile`. done: the share of it that is done, 0 to 1; None where nobody knows."""
+        ...
+
+
+def report_nothing(phase: str, done: float | None = None) -> None:
+    """For loads that nobody watches."""
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """A plugin without options."""
@@ -165,6 +177,8 @@ class LoadRequest:
     device: Device
     dtype: str = "auto"
     trust_remote_code: bool = False
+    report: Report = report_nothing
+    """`Engine.load` may tell here what it does; until it does, that is `load`."""
 
 
 class LoadedModel(Protocol):

@@ -22,7 +22,7 @@ import structlog
 
 from hfms_cli.engines import wire
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
-from hfms_cli.hookspecs import LoadRequest
+from hfms_cli.hookspecs import LoadRequest, Report, report_nothing
 from hfms_cli.types import Call, Chunk, Device, LoadedInfo
 
 log = structlog.get_logger("hfms.engine")
@@ -84,9 +84,12 @@ class EngineHost:
         self._stderr_task: asyncio.Task[None]
 
     @classmethod
-    async def start(cls, model: str, request: LoadRequest, options: HostOptions) -> EngineHost:
+    async def start(
+        cls, model: str, request: LoadRequest, options: HostOptions, report: Report = report_nothing
+    ) -> EngineHost:
         """Start a process and load the model in it. Raises LoadFailed and what else the engine says."""
         host = cls(model, request.device, options)
+        report("start")
         try:
             await host._spawn()
             host._send(
@@ -103,7 +106,8 @@ class EngineHost:
                 )
             )
             async with asyncio.timeout(options.load_seconds):
-                first = await host._read()
+                while isinstance(frame := await host._read(), wire.Phase):
+                    report(frame.name, frame.done)
         except TimeoutError:
             await host.kill("the load took too long")
             raise LoadFailed(
@@ -115,12 +119,12 @@ class EngineHost:
         except BaseException:
             await host.kill("the load was cancelled")
             raise
-        if isinstance(first, wire.Failed):
+        if isinstance(frame, wire.Failed):
             host._closing = True  # it ends by itself, as it should
             await host._reap()
-            raise first.fault.error()
-        assert isinstance(first, wire.Loaded)
-        host.info = first.info
+            raise frame.fault.error()
+        assert isinstance(frame, wire.Loaded)
+        host.info = frame.info
         host._last_beat = host._loop.time()
         host._tasks.append(asyncio.create_task(host._receive(), name=f"receive {model}"))
         host._tasks.append(asyncio.create_task(host._watch(), name=f"watch {model}"))

@@ -69,6 +69,14 @@ class Event(Struct, array_like=True, omit_defaults=True):
     fault: Fault | None = None
 
 
+class Phase(Struct, tag=True):
+    """What a load is doing now; any number of these may come before `Loaded` or `Failed`."""
+
+    name: str
+    done: float | None = None
+    """Share of the phase that is done, 0 to 1; None where nobody knows."""
+
+
 class Loaded(Struct, tag=True):
     info: LoadedInfo
 
@@ -88,7 +96,7 @@ class Step(Struct, tag=True):
 
 
 ToWorker = Load | Submit | Cancel | Close
-ToFront = Loaded | Failed | Step
+ToFront = Phase | Loaded | Failed | Step
 
 _encoder = msgspec.msgpack.Encoder()
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -71,7 +71,7 @@ class Link:
         return self._memory
 
 
-def load(order: wire.Load) -> LoadedModel:
+def load(order: wire.Load, link: Link) -> LoadedModel:
     """Make the engine by its plugin and let it load the model."""
     config = Config(
         options={("engine", order.engine): order.options},
@@ -86,8 +86,11 @@ def load(order: wire.Load) -> LoadedModel:
         device=order.device,
         dtype=order.dtype,
         trust_remote_code=order.trust_remote_code,
+        report=lambda phase, done=None: link.send(wire.Phase(phase, done)),
     )
-    model: LoadedModel = plugins.create("engine", order.engine, config).load(request)
+    engine = plugins.create("engine", order.engine, config)
+    request.report("load")
+    model: LoadedModel = engine.load(request)
     return model
 
 
@@ -132,7 +135,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print; the front relays stderr into its log
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     try:
-        model = load(link.first())
+        model = load(link.first(), link)
     except Exception as exc:
         if not isinstance(exc, HfmsError):
             traceback.print_exc()

@@ -11,7 +11,7 @@ import structlog
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
 from hfms_cli.errors import BadRequest, LoadFailed, UnsafeFormat
-from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress
+from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress, Report, report_nothing
 from hfms_cli.models.inspect import inspect
 from hfms_cli.models.ledger import Ledger, Reservation
 from hfms_cli.models.router import Router
@@ -71,14 +71,18 @@ class Loader:
         self._engines = engines
         self._hardware = hardware
 
-    async def place(self, name: ModelName, wish: Wish, progress: Progress) -> Placement:
+    async def place(
+        self, name: ModelName, wish: Wish, progress: Progress, report: Report = report_nothing
+    ) -> Placement:
         """Fetch, verify and read the model, then choose. Loads nothing. Raises HfmsError."""
-        manifest, folder = await self.router.pull(name, progress)
+        manifest, folder = await self.router.pull(name, progress, report)
         card = inspect(folder, [f.path for f in manifest.files])
         self._refuse_unsafe(card)
         return self._choose(manifest, folder, card, wish)
 
-    async def start(self, model: str, placement: Placement) -> tuple[EngineHost, Reservation]:
+    async def start(
+        self, model: str, placement: Placement, report: Report = report_nothing
+    ) -> tuple[EngineHost, Reservation]:
         """Start the engine's process with the memory it needs set aside. Raises DoesNotFit, LoadFailed.
 
         Some engines learn only while they load that they cannot take a model: then the next one is tried, and the
@@ -87,17 +91,18 @@ class Loader:
         while True:
             candidate = placement.candidates[0]
             try:
-                return await self._start(model, candidate)
+                return await self._start(model, candidate, report)
             except LoadFailed as exc:
                 if len(placement.candidates) == 1:
                     raise
                 placement.candidates.pop(0)
                 log.warning("engine cannot load", model=model, engine=candidate.engine.name, reason=exc.message)
 
-    async def _start(self, model: str, candidate: Candidate) -> tuple[EngineHost, Reservation]:
+    async def _start(self, model: str, candidate: Candidate, report: Report) -> tuple[EngineHost, Reservation]:
         device = self._now(candidate.request.device)
         with self.ledger.reserved_if_loaded(device, candidate.size) as reservation:
-            host = await EngineHost.start(model, candidate.request, self._host_options(candidate.engine))
+            options = self._host_options(candidate.engine)
+            host = await EngineHost.start(model, candidate.request, options, report)
             reservation.taken = lambda: host.held_bytes
             return host, reservation
 

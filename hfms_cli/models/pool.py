@@ -21,6 +21,7 @@ from hfms_cli.errors import BadRequest, Conflict, HfmsError, LoadFailed, ModelNo
 from hfms_cli.models import names
 from hfms_cli.models.ledger import Reservation
 from hfms_cli.models.loader import Loader, Placement, Wish
+from hfms_cli.models.phases import Phases
 from hfms_cli.types import ModelName
 
 log = structlog.get_logger("hfms.models")
@@ -48,11 +49,11 @@ class ServedModel:
     id: str
     name: ModelName
     wish: Wish
+    phases: Phases
+    """Of the load."""
     state: State = "loading"
     reason: str | None = None
     """Why it failed or is away, for operators."""
-    fetched: int = 0
-    fetch_total: int = 0
     aliases: set[str] = field(default_factory=set)
     placement: Placement | None = None
     host: EngineHost | None = None
@@ -185,7 +186,7 @@ class Pool:
         if alias and (self.find(alias) not in (None, model) or alias in self._aliases):
             raise Conflict(f"`{alias}` is already the name of another model.", param="alias")
         if model is None:
-            model = ServedModel(id=served_id, name=parsed, wish=wish)
+            model = ServedModel(id=served_id, name=parsed, wish=wish, phases=Phases(self._clock))
             self._models[served_id] = model
             model.task = asyncio.create_task(self._live(model), name=f"model {served_id}")
         elif model.wish != wish and wish != NO_WISH:
@@ -199,18 +200,25 @@ class Pool:
         began = self._clock()
 
         def progress(done: int, total: int) -> None:
-            model.fetched, model.fetch_total = done, total
+            model.phases("fetch", done / total if total else None)
 
         try:
-            model.placement = await self.loader.place(model.name, model.wish, progress)
+            model.placement = await self.loader.place(model.name, model.wish, progress, model.phases)
             while True:
                 began = self._clock()
-                model.host, model.reservation = await self.loader.start(model.id, model.placement)
+                model.host, model.reservation = await self.loader.start(model.id, model.placement, model.phases)
+                model.phases.end()
                 model.load_seconds = self._clock() - began
                 model.state, model.reason = "loaded", None
                 if not model.ready.done():
                     model.ready.set_result(None)
-                log.info("model loaded", model=model.id, seconds=round(model.load_seconds, 2), pid=model.host.pid)
+                log.info(
+                    "model loaded",
+                    model=model.id,
+                    seconds=round(model.load_seconds, 2),
+                    pid=model.host.pid,
+                    phases=model.phases.seconds(),
+                )
                 self._on_loaded(model)
                 started = self._clock()
                 model.reason = await asyncio.shield(model.host.ended)
@@ -292,8 +300,10 @@ def describe(model: ServedModel) -> dict[str, Any]:
     status: dict[str, Any] = {"value": model.state}
     if model.reason and model.state != "loaded":
         status["reason"] = model.reason
-    if model.state == "loading" and model.fetch_total:
-        status["progress"] = round(model.fetched / model.fetch_total, 4)
+    if model.phases.now is not None:
+        status["phase"] = model.phases.now
+    if model.phases.done is not None:
+        status["progress"] = round(model.phases.done, 4)
     row: dict[str, Any] = {"id": model.id, "status": status, "aliases": sorted(model.aliases)}
     if (placement := model.placement) is not None:
         row |= {
@@ -316,5 +326,6 @@ def describe(model: ServedModel) -> dict[str, Any]:
             "requests_running": host.running,
             "requests_waiting": host.waiting,
             "load_seconds": round(model.load_seconds, 3),
+            "load_phases": model.phases.seconds(),
         }
     return row

@@ -20,7 +20,7 @@ from hfms_cli.errors import (
     ModelNotFound,
     NotFound,
 )
-from hfms_cli.hookspecs import Progress, Storage
+from hfms_cli.hookspecs import Progress, Report, Storage, report_nothing
 from hfms_cli.ipfs.fetch import Observe
 from hfms_cli.models.content import Content, is_content_store
 from hfms_cli.models.ipfs import IpfsModels, cache_folder
@@ -71,16 +71,18 @@ class Router:
         """
         return await self._first(name, lambda storage: self._find(storage, name))
 
-    async def pull(self, name: ModelName, progress: Progress) -> tuple[Manifest, Path]:
+    async def pull(self, name: ModelName, progress: Progress, report: Report = report_nothing) -> tuple[Manifest, Path]:
         """The model's folder on this disk, with every file checked. Raises as `find` does, and VerifyFailed."""
 
         async def fetched(storage: Storage) -> tuple[Manifest, Path] | None:
+            report("fetch")
             manifest = await self._find(storage, name)
             if manifest is None:
                 return None
             folder = await self._ask(storage, "fetch", storage.fetch(manifest, progress))
             if not manifest.files:  # some storages know the files only once they have them
                 manifest = await self._find(storage, name) or manifest
+            report("verify")
             await self._ask(storage, "verify", verify(manifest, folder, receipts=self._receipts))
             return manifest, folder
 

@@ -109,8 +109,10 @@ class OpenVinoEngine:
         from hfms_engines.paged import PagedScheduler
 
         cache = cache_bytes(request, self.options.kv_cache_bytes)
+        folder = self._export(request)
+        request.report("compile")
         runner = openvino_runner.load(
-            self._export(request), dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache != "off"
+            folder, dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache != "off"
         )
         info = LoadedInfo(
             engine=self.name,
@@ -143,6 +145,7 @@ class OpenVinoEngine:
             root.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(root)
             made = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+            request.report("convert")
             try:
                 _convert(request, quantize, made)
                 # Complete or not there; whoever was faster made the same.

@@ -175,3 +175,10 @@ def test_a_worker_sees_no_key_and_no_password_of_a_store():
     secrets = ("HFMS_API_KEY", "HF_SERVER_ADMIN_API_KEY", "HF_TOKEN", "HFMS_CACHE_STORE", "HF_SERVER_RATE_LIMIT_STORE")
     assert not worker_environ(dict.fromkeys(secrets, "x")).keys() & set(secrets)
     assert worker_environ({"HFMS_STATE_DIR": "x"})["HFMS_STATE_DIR"] == "x"
+
+
+async def test_a_load_tells_its_phases_before_it_is_done():
+    told: list[tuple[str, float | None]] = []
+    host = await EngineHost.start("m", REQUEST, options(), lambda phase, done=None: told.append((phase, done)))
+    await host.close()
+    assert told == [("start", None), ("load", None)]

@@ -113,3 +113,11 @@ async def test_status_tells_how_each_source_of_what_has_a_cid_is(serve):
             told = await response.text()
         assert 'operation="add_bytes"' in told
         assert cid.startswith("bafkrei")
+
+
+async def test_a_model_tells_how_long_each_phase_of_its_load_took(serve):
+    async with serve() as server:
+        _, row = await server.post("/models/load", {"model": "echo:a"})
+        assert list(row["load_phases"]) == ["fetch", "verify", "start", "load"]
+        assert row["load_phases"]["start"] + row["load_phases"]["load"] <= row["load_seconds"] + 0.01
+        assert "phase" not in row["status"]  # it is over
