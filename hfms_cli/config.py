@@ -62,6 +62,7 @@ class ModelsConfig:
     """Which models are served, and what is allowed of them."""
 
     serve: list[str] = setting(list, "Models to load at start, as `hfms serve` takes them.", env="MODELS")
+    replicas: int = setting(1, "Engine processes of each model.", env="REPLICAS", ge=1, le=256)
     aliases: dict[str, str] = setting(dict, "More names for models: alias = model.")
     folders: list[str] = setting(list, "Folders whose models may be loaded by name over HTTP.", env="MODEL_FOLDERS")
     dtype: str = setting(

@@ -168,13 +168,14 @@ def load(
     name: Name,
     hardware: Annotated[str | None, typer.Option(help="A kind of device (cuda) or one device (cuda:1).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="How many engine processes; calls go to the least busy.")] = None,
     alias: Annotated[str | None, typer.Option(help="One more name for it.")] = None,
     url: ServerUrl = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Load a model into the running server, and wait until it can answer."""
-    wishes = {"hardware": hardware, "dtype": dtype, "alias": alias}
+    wishes = {"hardware": hardware, "dtype": dtype, "replicas": replicas, "alias": alias}
     body = {"model": str(_parsed(name)), **{k: v for k, v in wishes.items() if v is not None}}
     with _waiting(f"loading {name} ..."):
         row = _run(_post(_client(url, config), "/models/load", body))

@@ -25,6 +25,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engine processes of each model.")] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond loopback although no key is configured.")
     ] = None,
@@ -38,7 +39,7 @@ def serve(
         config,
         flags={
             "server": {"host": host, "port": port, "insecure": insecure},
-            "models": {"serve": models or None, "dtype": dtype},
+            "models": {"serve": models or None, "dtype": dtype, "replicas": replicas},
             "log": {"level": log_level},
         },
     )
@@ -143,9 +144,13 @@ async def _announce(console: Console, runtime: Runtime, ids: list[str]) -> None:
             info = model.host_now().info
             console.print(
                 f"[green]ready[/]  {escape(model_id)}: {info.engine} on {info.device}, {info.dtype}, context "
-                f"{info.context_length}, {model.load_seconds:.1f} s",
+                f"{info.context_length}, {_replicas(len(model.hosts))}{model.load_seconds:.1f} s",
                 soft_wrap=True,
             )
+
+
+def _replicas(count: int) -> str:
+    return f"{count} replicas, " if count > 1 else ""
 
 
 def _panel(console: Console, runtime: Runtime, url: str) -> None:

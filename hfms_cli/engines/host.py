@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from hfms_cli.engines import wire
+from hfms_cli.engines.owed import Owed
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest, Report, report_nothing
 from hfms_cli.types import Call, Chunk, Device, LoadedInfo
@@ -42,6 +43,14 @@ class HostOptions:
     max_calls: int = 256
     heartbeat_seconds: float = 60.0
     load_seconds: float = 600.0
+
+
+@dataclass
+class _Pending:
+    """A call that the worker has."""
+
+    queue: asyncio.Queue[Chunk | HfmsError | None]
+    owed: Owed
 
 
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -67,12 +76,14 @@ class EngineHost:
         self.model = model
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolves to the reason when the process is gone, expected or not."""
+        self.outstanding = 0
+        """Tokens that its calls still ask for."""
         self.waiting = 0
         self.memory_bytes = 0
         self.pid = 0
         self._options = options
         self._device = device
-        self._calls: dict[str, asyncio.Queue[Chunk | HfmsError | None]] = {}
+        self._calls: dict[str, _Pending] = {}
         self._loop = asyncio.get_running_loop()
         self._last_beat = self._loop.time()
         self._stderr: deque[str] = deque(maxlen=20)
@@ -124,7 +135,7 @@ class EngineHost:
             await host._reap()
             raise frame.fault.error()
         assert isinstance(frame, wire.Loaded)
-        host.info = frame.info
+        host.info, host.memory_bytes = frame.info, frame.memory_bytes
         host._last_beat = host._loop.time()
         host._tasks.append(asyncio.create_task(host._receive(), name=f"receive {model}"))
         host._tasks.append(asyncio.create_task(host._watch(), name=f"watch {model}"))
@@ -136,15 +147,16 @@ class EngineHost:
         """Chunks of all choices, as they are made. Raises what the engine raised; EngineDied if it is gone."""
         if self.ended.done():
             raise self._died()
-        if len(self._calls) >= self._options.max_calls:
+        if self.full:
             raise Overloaded(f"{self.model} already holds {len(self._calls)} calls; try again later.", retry_after=1.0)
-        queue: asyncio.Queue[Chunk | HfmsError | None] = asyncio.Queue()
-        self._calls[call.id] = queue
+        pending = _Pending(asyncio.Queue(), Owed(call, self.info.context_length))
+        self._calls[call.id] = pending
+        self.outstanding += pending.owed.left
         finished = False
         try:
             self._send(wire.Submit(call))
             while True:
-                outcome = await queue.get()
+                outcome = await pending.queue.get()
                 if isinstance(outcome, Chunk):
                     yield outcome
                     continue
@@ -154,6 +166,7 @@ class EngineHost:
                 raise outcome
         finally:
             del self._calls[call.id]
+            self.outstanding -= pending.owed.left
             if not finished and not self.ended.done():
                 self._send(wire.Cancel(call.id))
 
@@ -161,6 +174,11 @@ class EngineHost:
     def running(self) -> int:
         """Calls in the worker, waiting ones too."""
         return len(self._calls)
+
+    @property
+    def full(self) -> bool:
+        """Whether it would refuse one more call."""
+        return len(self._calls) >= self._options.max_calls
 
     @property
     def held_bytes(self) -> int:
@@ -232,8 +250,10 @@ class EngineHost:
                 self._last_beat = self._loop.time()
                 self.waiting, self.memory_bytes = step.waiting, step.memory_bytes
                 for event in step.events:
-                    if queue := self._calls.get(event.call_id):
-                        queue.put_nowait(event.fault.error() if event.fault else event.chunk)
+                    if pending := self._calls.get(event.call_id):
+                        if event.chunk:
+                            self.outstanding -= pending.owed.pay(event.chunk)
+                        pending.queue.put_nowait(event.fault.error() if event.fault else event.chunk)
         except (asyncio.IncompleteReadError, ConnectionError):
             await self._reap()
 
@@ -256,8 +276,8 @@ class EngineHost:
         self.ended.set_result(self._reason(code))
         if not self._closing:
             log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())
-        for queue in self._calls.values():
-            queue.put_nowait(self._died())
+        for pending in self._calls.values():
+            pending.queue.put_nowait(self._died())
         return self.ended.result()
 
     def _reason(self, code: int) -> str:

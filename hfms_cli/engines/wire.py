@@ -79,6 +79,8 @@ class Phase(Struct, tag=True):
 
 class Loaded(Struct, tag=True):
     info: LoadedInfo
+    memory_bytes: int
+    """As in `Step`."""
 
 
 class Failed(Struct, tag=True):

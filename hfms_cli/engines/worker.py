@@ -144,7 +144,7 @@ def main() -> None:
             exc = LoadFailed(exc.message)
         link.send(wire.Failed(wire.Fault.of(exc)))
         sys.exit(1)
-    link.send(wire.Loaded(model.info))
+    link.send(wire.Loaded(model.info, link.memory()))
     serve(model, link)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
-from hfms_cli.errors import BadRequest, LoadFailed, UnsafeFormat
+from hfms_cli.errors import BadRequest, DoesNotFit, LoadFailed, UnsafeFormat
 from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress, Report, report_nothing
 from hfms_cli.models.inspect import inspect
-from hfms_cli.models.ledger import Ledger, Reservation
+from hfms_cli.models.ledger import Ledger, Reservation, human
 from hfms_cli.models.router import Router
 from hfms_cli.types import Device, Manifest, ModelCard, ModelName
 
@@ -22,7 +24,7 @@ log = structlog.get_logger("hfms.models")
 
 @dataclass(frozen=True)
 class Wish:
-    """What whoever loads a model may ask for; None leaves it to the configuration."""
+    """What may be asked for one replica of a model; None leaves it to the configuration."""
 
     device: str | None = None
     """A kind (`cuda`) or one device (`cuda:1`)."""
@@ -42,7 +44,7 @@ class Candidate:
 
 @dataclass
 class Placement:
-    """A verified model and where it may run, best first; `start` may be called again after the process died."""
+    """A verified model and where one replica of it may run, best first; `start` may be called again and again."""
 
     manifest: Manifest
     card: ModelCard
@@ -72,13 +74,19 @@ class Loader:
         self._hardware = hardware
 
     async def place(
-        self, name: ModelName, wish: Wish, progress: Progress, report: Report = report_nothing
-    ) -> Placement:
-        """Fetch, verify and read the model, then choose. Loads nothing. Raises HfmsError."""
+        self, name: ModelName, wishes: Sequence[Wish], progress: Progress, report: Report = report_nothing
+    ) -> list[Placement]:
+        """Fetch, verify and read the model, then choose for each replica. Loads nothing. Raises HfmsError."""
         manifest, folder = await self.router.pull(name, progress, report)
         card = inspect(folder, [f.path for f in manifest.files])
         self._refuse_unsafe(card)
-        return self._choose(manifest, folder, card, wish)
+        chosen: list[Candidate] = []
+        placements = []
+        for wish in wishes:
+            candidates = self._choose(folder, card, wish, chosen)
+            chosen.append(candidates[0])
+            placements.append(Placement(manifest, card, candidates))
+        return placements
 
     async def start(
         self, model: str, placement: Placement, report: Report = report_nothing
@@ -122,8 +130,12 @@ class Loader:
                 "trust_remote_code = true."
             )
 
-    def _choose(self, manifest: Manifest, folder: Path, card: ModelCard, wish: Wish) -> Placement:
-        """Every engine that supports the model on a device with room, in the operator's order of both."""
+    def _choose(self, folder: Path, card: ModelCard, wish: Wish, beside: Sequence[Candidate]) -> list[Candidate]:
+        """Every engine that supports the model on a device with room, in the operator's order of both.
+
+        beside: the choices for the model's other replicas, which will take their room too. Of one kind of device,
+        those with fewer replicas come first.
+        """
         devices = [d for d in self.devices() if wish.device in (None, d.kind, d.id)]
         if not devices:
             there = ", ".join(d.id for d in self.devices()) or "none"
@@ -136,6 +148,8 @@ class Loader:
         too_large: list[Candidate] = []
         reasons = []
         for device in devices:
+            taken = sum(c.size for c in beside if c.request.device.memory == device.memory)
+            device = msgspec.structs.replace(device, free_bytes=max(0, device.free_bytes - taken))
             for engine in engines:
                 if reason := engine.supports(card, device):
                     reasons.append(f"{engine.name} on {device.id}: {reason}")
@@ -149,8 +163,19 @@ class Loader:
                 )
                 candidate = Candidate(engine, request, engine.estimate(request))
                 (fitting if candidate.size <= self.ledger.available(device) else too_large).append(candidate)
-        if candidates := fitting or too_large[:1]:  # too large everywhere: reserving says by how much
-            return Placement(manifest, card, candidates)
+        if fitting:
+            kinds = list(dict.fromkeys(d.kind for d in devices))
+            held = Counter(c.request.device.id for c in beside)
+            return sorted(fitting, key=lambda c: (kinds.index(c.request.device.kind), held[c.request.device.id]))
+        if too_large and beside:
+            needs, device = too_large[0].size, too_large[0].request.device
+            raise DoesNotFit(
+                f"There is room for {len(beside)} replicas and not for more: the next one needs {human(needs)} on "
+                f"{device.id}, which would have {human(max(0, self.ledger.available(device)))} left.",
+                param="replicas",
+            )
+        if too_large:  # everywhere: reserving says by how much
+            return too_large[:1]
         raise LoadFailed(f"No engine here can run this model ({card.architecture}). " + "; ".join(reasons))
 
     def _now(self, device: Device) -> Device:

@@ -1,7 +1,8 @@
-"""The models of this server by name: load, lease, restart, unload.
+"""The models of this server by name: load, lease, balance, unload.
 
-A model that died is started again, with growing pauses; while it is away its callers get 503 with Retry-After.
-Concurrent loads of one model are one load. Unloading waits for the calls in flight, then ends the process.
+A model is one or more replicas (`replica.py`); a call goes to the one that has the fewest tokens outstanding. While
+none runs, callers get 503 with Retry-After. Concurrent loads of one model are one load. Unloading waits for the calls
+in flight, then ends every process.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,21 +20,16 @@ import structlog
 from hfms_cli.engines.host import EngineHost
 from hfms_cli.errors import BadRequest, Conflict, HfmsError, LoadFailed, ModelNotFound, Unavailable
 from hfms_cli.models import names
-from hfms_cli.models.ledger import Reservation
-from hfms_cli.models.loader import Loader, Placement, Wish
+from hfms_cli.models.loader import Loader, Wish
 from hfms_cli.models.phases import Phases
-from hfms_cli.types import ModelName
+from hfms_cli.models.replica import Replica, ReplicaState, status
+from hfms_cli.types import Call, Chunk, ModelName
 
 log = structlog.get_logger("hfms.models")
 
-State = Literal["loading", "loaded", "restarting", "failed", "unloading"]
+State = ReplicaState | Literal["unloading"]
 
 NO_WISH = Wish()
-
-RESTART_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Seconds before the n-th restart in a row; the last one goes on."""
-LIFE_SECONDS = 60.0
-"""A process that lived so long starts the count anew."""
 
 
 def _set_event() -> asyncio.Event:
@@ -48,46 +44,87 @@ class ServedModel:
 
     id: str
     name: ModelName
-    wish: Wish
+    wishes: tuple[Wish, ...]
+    """One for each replica."""
     phases: Phases
-    """Of the load."""
-    state: State = "loading"
-    reason: str | None = None
-    """Why it failed or is away, for operators."""
+    """Until there are replicas: fetch, verify."""
+    replicas: list[Replica] = field(default_factory=list)
+    """Empty until it is known where they go."""
     aliases: set[str] = field(default_factory=set)
-    placement: Placement | None = None
-    host: EngineHost | None = None
-    reservation: Reservation | None = None
+    failure: str | None = None
+    """Why it could not be loaded at all."""
+    unloading: bool = False
     leases: int = 0
     """Calls in flight."""
     idle: asyncio.Event = field(default_factory=_set_event)
-    restarts: int = 0
-    """In a row."""
-    load_seconds: float = 0.0
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time at which it was asked for."""
     ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Done when the first load is: with None, or with what went wrong."""
+    """Done when the load is: with None, or with what went wrong."""
     task: asyncio.Task[None] | None = None
-    """Loads the model, then watches over it."""
+    """The load."""
+
+    @property
+    def state(self) -> State:
+        """That of its best replica."""
+        if self.unloading:
+            return "unloading"
+        if self.failure is not None:
+            return "failed"
+        states = {replica.state for replica in self.replicas}
+        order: tuple[State, ...] = ("loaded", "restarting", "loading", "failed")
+        return next((state for state in order if state in states), "loading")
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed or is away, for operators."""
+        return self.failure or "; ".join(dict.fromkeys(r.reason for r in self.replicas if r.reason)) or None
+
+    @property
+    def hosts(self) -> list[EngineHost]:
+        """The engines that run now."""
+        return [replica.host for replica in self.replicas if replica.host is not None]
+
+    @property
+    def host(self) -> EngineHost | None:
+        """The first engine that runs now; None where there is none."""
+        return next(iter(self.hosts), None)
+
+    @property
+    def load_seconds(self) -> float:
+        """From process to ready, of the slowest replica."""
+        return max((replica.load_seconds for replica in self.replicas), default=0.0)
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that decides which bytes answer: model, revision, engine, precision."""
-        placement, info = self.placement, self.host_now().info
-        assert placement is not None
-        manifest = placement.manifest
-        told = (manifest.storage, str(manifest.name), manifest.revision, info.engine, info.dtype)
+        """SHA-256, in hex, of all that decides which bytes answer: model, revision, engines, precisions.
+
+        Raises LoadFailed or Unavailable.
+        """
+        self.host_now()
+        manifest = self.replicas[0].placement.manifest
+        engines = sorted({f"{host.info.engine} {host.info.dtype}" for host in self.hosts})
+        told = (manifest.storage, str(manifest.name), manifest.revision, *engines)
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
     def host_now(self) -> EngineHost:
-        """The running engine. Raises LoadFailed or Unavailable."""
-        if self.state == "loaded" and self.host is not None and not self.host.ended.done():
-            return self.host
-        if self.state == "failed":
+        """The engine that the next call goes to. Raises LoadFailed or Unavailable."""
+        if not self.unloading and (hosts := self.hosts):
+            return least_outstanding(hosts)
+        state = self.state
+        if state == "failed":
             raise LoadFailed(f"The model `{self.id}` could not be loaded: {self.reason}", retry_after=30.0)
-        doing = "loading" if self.state == "loading" else "unloading" if self.state == "unloading" else "restarting"
+        doing = state if state in ("loading", "unloading") else "restarting"
         raise Unavailable(f"The model `{self.id}` is {doing}.", code=f"model_{doing}", retry_after=2.0)
+
+    def submit(self, call: Call) -> AsyncIterator[Chunk]:
+        """Send a call to the engine that has least to do. Raises LoadFailed or Unavailable."""
+        return self.host_now().submit(call)
+
+
+def least_outstanding(hosts: Iterable[EngineHost]) -> EngineHost:
+    """Of the engines that have room for a call (of all, where none has), the one with the fewest tokens to go."""
+    return min(hosts, key=lambda host: (host.full, host.outstanding))
 
 
 class Pool:
@@ -99,15 +136,18 @@ class Pool:
         *,
         restart_limit: int = 5,
         load_on_request: bool = True,
+        replicas: int = 1,
         aliases: dict[str, str] | None = None,
-        on_loaded: Callable[[ServedModel], None] = lambda model: None,
+        on_loaded: Callable[[Replica], None] = lambda replica: None,
         clock: Callable[[], float] | None = None,
     ) -> None:
+        """replicas: of a model that is loaded without a word on that. on_loaded: told of each process that is ready."""
         self.loader = loader
         self._models: dict[str, ServedModel] = {}
         self._aliases = dict(aliases or {})
         self._restart_limit = restart_limit
         self._load_on_request = load_on_request
+        self._replicas = replicas
         self._on_loaded = on_loaded
         self._clock = clock or asyncio.get_running_loop().time
 
@@ -163,14 +203,20 @@ class Pool:
 
     # Loads.
 
-    async def load(self, name: str, wish: Wish = NO_WISH, alias: str | None = None) -> ServedModel:
-        """Load a model, or join the load that is on its way. Raises what made it fail."""
-        model = self.begin(name, wish, alias)
+    async def load(self, name: str, wishes: tuple[Wish, ...] = (), alias: str | None = None) -> ServedModel:
+        """Load a model, or join the load that is on its way. Raises what made it fail.
+
+        It fails where none of its replicas runs; one that failed beside others says why in `GET /models`.
+        """
+        model = self.begin(name, wishes, alias)
         await asyncio.shield(model.ready)
         return model
 
-    def begin(self, name: str, wish: Wish = NO_WISH, alias: str | None = None) -> ServedModel:
-        """Start to load a model and return at once; `ready` tells the outcome."""
+    def begin(self, name: str, wishes: tuple[Wish, ...] = (), alias: str | None = None) -> ServedModel:
+        """Start to load a model and return at once; `ready` tells the outcome.
+
+        wishes: one for each replica; none takes what is there, or what the configuration says.
+        """
         parsed = names.parse(self._aliases.get(name, name))
         served_id = names.served_id(parsed)
         model = self.find(name) or self._models.get(served_id)
@@ -186,77 +232,62 @@ class Pool:
         if alias and (self.find(alias) not in (None, model) or alias in self._aliases):
             raise Conflict(f"`{alias}` is already the name of another model.", param="alias")
         if model is None:
-            model = ServedModel(id=served_id, name=parsed, wish=wish, phases=Phases(self._clock))
+            model = ServedModel(served_id, parsed, wishes or (NO_WISH,) * self._replicas, Phases(self._clock))
             self._models[served_id] = model
-            model.task = asyncio.create_task(self._live(model), name=f"model {served_id}")
-        elif model.wish != wish and wish != NO_WISH:
+            model.task = asyncio.create_task(self._bring_up(model), name=f"load {served_id}")
+        elif wishes not in ((), model.wishes):
             raise Conflict(f"`{model.id}` is already served with other settings; unload it first.", param="model")
         if alias:
             model.aliases.add(alias)
         return model
 
-    async def _live(self, model: ServedModel) -> None:
-        """A model's life: place, start, watch, start again; ends when it fails for good or is unloaded."""
-        began = self._clock()
+    async def _bring_up(self, model: ServedModel) -> None:
+        """Place the model and start its replicas."""
 
         def progress(done: int, total: int) -> None:
             model.phases("fetch", done / total if total else None)
 
         try:
-            model.placement = await self.loader.place(model.name, model.wish, progress, model.phases)
-            while True:
-                began = self._clock()
-                model.host, model.reservation = await self.loader.start(model.id, model.placement, model.phases)
-                model.phases.end()
-                model.load_seconds = self._clock() - began
-                model.state, model.reason = "loaded", None
-                if not model.ready.done():
-                    model.ready.set_result(None)
-                log.info(
-                    "model loaded",
-                    model=model.id,
-                    seconds=round(model.load_seconds, 2),
-                    pid=model.host.pid,
-                    phases=model.phases.seconds(),
+            placements = await self.loader.place(model.name, model.wishes, progress, model.phases)
+            model.phases.end()
+            model.replicas = [
+                Replica(
+                    model.id,
+                    number,
+                    placement,
+                    self.loader,
+                    restart_limit=self._restart_limit,
+                    on_loaded=self._on_loaded,
+                    clock=self._clock,
                 )
-                self._on_loaded(model)
-                started = self._clock()
-                model.reason = await asyncio.shield(model.host.ended)
-                self._release(model)
-                model.restarts = 0 if self._clock() - started > LIFE_SECONDS else model.restarts
-                if model.restarts >= self._restart_limit:
-                    raise LoadFailed(f"its engine ended {model.restarts + 1} times in a row: {model.reason}")
-                model.state = "restarting"
-                pause = RESTART_PAUSES[min(model.restarts, len(RESTART_PAUSES) - 1)]
-                model.restarts += 1
-                log.warning("model restarts", model=model.id, pause=pause, restarts=model.restarts)
-                await asyncio.sleep(pause)
+                for number, placement in enumerate(placements)
+            ]
+            first, *others = model.replicas
+            # It goes alone: it may convert the model for all, and what cannot be loaded at all is found out once.
+            await first.start()
+            await asyncio.gather(*(replica.start() for replica in others), return_exceptions=True)
         except HfmsError as exc:
             self._fail(model, exc)
         except Exception:
             log.exception("load failed unexpectedly", model=model.id)
             self._fail(model, LoadFailed(f"The model `{model.id}` could not be loaded; the server's log says why."))
+        else:
+            model.ready.set_result(None)
 
     def _fail(self, model: ServedModel, error: HfmsError) -> None:
-        model.state, model.reason = "failed", error.message
+        model.failure = error.message
+        model.phases.end()
         log.error("model failed", model=model.id, reason=error.message)
-        if not model.ready.done():
-            model.ready.set_exception(error)
-            model.ready.exception()  # a load that nobody awaits is no "never retrieved"
-
-    def _release(self, model: ServedModel) -> None:
-        if model.reservation is not None:
-            self.loader.ledger.release(model.reservation)
-        model.host = model.reservation = None
+        _settle(model, error)
 
     # Unloading.
 
     async def unload(self, name: str, drain_seconds: float = 30.0) -> ServedModel:
-        """Let the calls in flight finish, end the process and forget the model. Raises ModelNotFound."""
+        """Let the calls in flight finish, end the processes and forget the model. Raises ModelNotFound."""
         model = self.find(name)
         if model is None:
             raise ModelNotFound.named(name, self.names())
-        model.state = "unloading"
+        model.unloading = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.idle.wait(), drain_seconds)
         await self._end(model)
@@ -269,12 +300,8 @@ class Pool:
             model.task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await model.task
-        if not model.ready.done():
-            model.ready.set_exception(Unavailable(f"The model `{model.id}` was unloaded while it loaded."))
-            model.ready.exception()
-        if model.host is not None:
-            await model.host.close()
-        self._release(model)
+        _settle(model, Unavailable(f"The model `{model.id}` was unloaded while it loaded."))
+        await asyncio.gather(*(replica.close() for replica in model.replicas))
 
     async def close(self) -> None:
         """End every process."""
@@ -290,42 +317,41 @@ class Pool:
         for model in self._models.values():
             if model.state in ("loading", "restarting"):
                 return f"{model.id} is {model.state}"
-        if any(m.host is not None and m.state == "loaded" and m.host.alive() for m in self._models.values()):
+        if any(host.alive() for m in self._models.values() if m.state == "loaded" for host in m.hosts):
             return None
         return "no engine answers: " + "; ".join(f"{m.id}: {m.reason or m.state}" for m in self._models.values())
 
 
+def _settle(model: ServedModel, error: HfmsError) -> None:
+    if not model.ready.done():
+        model.ready.set_exception(error)
+        model.ready.exception()  # a load that nobody awaits is no "never retrieved"
+
+
 def describe(model: ServedModel) -> dict[str, Any]:
-    """A model as `GET /models` and `/status` show it."""
-    status: dict[str, Any] = {"value": model.state}
-    if model.reason and model.state != "loaded":
-        status["reason"] = model.reason
-    if model.phases.now is not None:
-        status["phase"] = model.phases.now
-    if model.phases.done is not None:
-        status["progress"] = round(model.phases.done, 4)
-    row: dict[str, Any] = {"id": model.id, "status": status, "aliases": sorted(model.aliases)}
-    if (placement := model.placement) is not None:
+    """A model as `GET /models` and `/status` show it; what its replicas differ in is that of the first that runs."""
+    replicas = [replica.describe() for replica in model.replicas]
+    running = [row for row in replicas if "pid" in row]
+    loading = next((r.phases for r in model.replicas if r.phases.now is not None), model.phases)
+    row: dict[str, Any] = {
+        "id": model.id,
+        "status": status(model.state, model.reason, loading),
+        "aliases": sorted(model.aliases),
+    }
+    if model.replicas:
+        placement = model.replicas[0].placement
         row |= {
             "storage": placement.manifest.storage,
             "revision": placement.manifest.revision,
             "format": placement.card.format,
             "architecture": placement.card.architecture,
-            "estimated_bytes": placement.size,
+            "estimated_bytes": sum(replica.placement.size for replica in model.replicas),
         }
-    if (host := model.host) is not None and hasattr(host, "info"):
-        info = host.info
-        row |= {
-            "engine": info.engine,
-            "device": info.device,
-            "dtype": info.dtype,
-            "tasks": list(info.tasks),
-            "context_length": info.context_length,
-            "memory_bytes": host.held_bytes,
-            "pid": host.pid,
-            "requests_running": host.running,
-            "requests_waiting": host.waiting,
-            "load_seconds": round(model.load_seconds, 3),
-            "load_phases": model.phases.seconds(),
-        }
+    if running:
+        row |= {key: value for key, value in running[0].items() if key != "status"}
+        for total in ("memory_bytes", "requests_running", "requests_waiting", "outstanding_tokens"):
+            row[total] = sum(replica[total] for replica in running)
+        row["load_phases"] = model.phases.seconds() | row["load_phases"]
+    if replicas:
+        row["replicas"] = replicas
     return row

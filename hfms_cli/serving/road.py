@@ -54,7 +54,7 @@ class Road:
 
     def _chain(self, model: ServedModel) -> Proceed:
         """Fold the middlewares around the engine, the first one outermost."""
-        proceed: Proceed = model.host_now().submit
+        proceed: Proceed = model.submit
         for middleware in reversed(self._around_calls):
             proceed = partial(self._through, middleware, proceed)
         return proceed

@@ -55,8 +55,9 @@ class Runtime:
             Loader(config, router, engines, hardware),
             restart_limit=config.engine.restart_limit,
             load_on_request=config.models.load_on_request,
+            replicas=config.models.replicas,
             aliases=config.models.aliases,
-            on_loaded=lambda m: metrics.load_duration.labels(m.id).observe(m.load_seconds),
+            on_loaded=lambda r: metrics.load_duration.labels(r.model).observe(r.load_seconds),
         )
         road = Road(pool, middlewares, metrics)
         return cls(config, plugins, hardware, middlewares, router, pool, road, metrics, warnings)
@@ -113,15 +114,18 @@ class Runtime:
     def refresh_metrics(self) -> None:
         """Set the gauges to what is true now."""
         m = self.metrics
-        for gauge in (m.running, m.waiting, m.model_memory):
+        for gauge in (m.running, m.waiting, m.outstanding, m.replicas, m.model_memory):
             gauge.clear()
         models = self.pool.models()
         m.models_loaded.set(sum(x.state == "loaded" for x in models))
         for model in models:
-            if model.host is not None:
-                m.running.labels(model.id).set(model.host.running - model.host.waiting)
-                m.waiting.labels(model.id).set(model.host.waiting)
-                m.model_memory.labels(model.id).set(describe(model).get("memory_bytes", 0))
+            for replica in model.replicas:
+                m.replicas.labels(model.id, replica.state).inc()
+            for host in model.hosts:
+                m.running.labels(model.id).inc(host.running - host.waiting)
+                m.waiting.labels(model.id).inc(host.waiting)
+                m.outstanding.labels(model.id).inc(host.outstanding)
+                m.model_memory.labels(model.id).inc(host.held_bytes)
         for device in self.pool.loader.devices():
             used = device.total_bytes - device.free_bytes
             m.memory_used.labels(device.id).set(used)

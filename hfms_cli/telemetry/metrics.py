@@ -38,6 +38,8 @@ class Metrics:
         self.generation_tokens = Counter("hfms_generation_tokens", "Tokens written.", ["model"], registry=r)
         self.running = Gauge("hfms_requests_running", "Calls that an engine works on.", ["model"], registry=r)
         self.waiting = Gauge("hfms_requests_waiting", "Calls that have not begun.", ["model"], registry=r)
+        self.outstanding = Gauge("hfms_tokens_outstanding", "Tokens that calls still ask for.", ["model"], registry=r)
+        self.replicas = Gauge("hfms_model_replicas", "Engine processes.", ["model", "state"], registry=r)
         self.models_loaded = Gauge("hfms_models_loaded", "Models in memory.", registry=r)
         self.load_duration = Histogram(
             "hfms_model_load_duration_seconds",

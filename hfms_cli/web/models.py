@@ -9,7 +9,7 @@ from aiohttp import web
 from hfms_cli.errors import BadRequest, Forbidden
 from hfms_cli.models import names
 from hfms_cli.models.loader import Wish
-from hfms_cli.models.pool import describe
+from hfms_cli.models.pool import NO_WISH, describe
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, require_admin, respond
 from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest
@@ -50,10 +50,10 @@ async def load(request: web.Request) -> web.StreamResponse:
             raise BadRequest("Give the revision in the name or in `revision`, not in both.", param="revision")
         name = f"{name}@{body.revision}"
     _refuse_foreign_path(name, runtime.config.models.folders)
-    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype)
+    wishes = _wishes(body, runtime.config.models.replicas)
     if not body.wait:
-        return respond(describe(runtime.pool.begin(name, wish, body.alias)), status=202)
-    return respond(describe(await runtime.pool.load(name, wish, body.alias)))
+        return respond(describe(runtime.pool.begin(name, wishes, body.alias)), status=202)
+    return respond(describe(await runtime.pool.load(name, wishes, body.alias)))
 
 
 @routes.post("/models/unload")
@@ -64,6 +64,19 @@ async def unload(request: web.Request) -> web.StreamResponse:
     runtime = request.app[RUNTIME]
     model = await runtime.pool.unload(body.model, runtime.config.server.drain_seconds)
     return respond({"id": model.id, "status": {"value": "unloaded"}})
+
+
+def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
+    """One for each replica; none where the request says nothing of how the model is to run."""
+    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype)
+    if isinstance(body.replicas, list):
+        return tuple(
+            Wish(device=r.hardware or wish.device, engine=r.engine or wish.engine, dtype=r.dtype or wish.dtype)
+            for r in body.replicas
+        )
+    if body.replicas is None and wish == NO_WISH:
+        return ()
+    return (wish,) * (body.replicas or usual)
 
 
 def _refuse_foreign_path(name: str, folders: list[str]) -> None:

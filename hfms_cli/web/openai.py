@@ -93,7 +93,7 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
         found.setdefault(name, row | ({"max_model_len": length} if length else {}))
 
     for model in runtime.pool.models():
-        length = model.host.info.context_length if model.state == "loaded" and model.host else 0
+        length = model.host.info.context_length if model.host else 0
         for name in (model.id, *sorted(model.aliases)):
             add(name, model.created, model.id, length)
     if runtime.config.models.load_on_request:

@@ -18,12 +18,14 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 Prompt = str | list[str | Natural | list[Natural]]
 
 Priority = Literal["low", "normal", "high", "critical", "LOW", "NORMAL", "HIGH", "CRITICAL"]
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_REPLICAS = 256
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -258,13 +260,27 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
 
+class ReplicaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What one replica is to have of its own; the rest is that of the load."""
+
+    hardware: str | None = None
+    engine: str | None = None
+    dtype: DType | None = None
+
+
 class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """`POST /models/load`."""
 
     model: str
     hardware: str | None = None
     engine: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    dtype: DType | None = None
+    replicas: (
+        Annotated[int, Meta(ge=1, le=MAX_REPLICAS)]
+        | Annotated[list[ReplicaRequest], Meta(min_length=1, max_length=MAX_REPLICAS)]
+        | None
+    ) = None
+    """How many, or each of them: `[{"engine": "openvino"}, {"engine": "transformers"}]`."""
     revision: str | None = None
     alias: str | None = None
     wait: bool = True

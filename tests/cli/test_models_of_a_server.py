@@ -47,13 +47,12 @@ def test_ps_as_json_is_what_the_server_said(hfms, states):
 
 def test_load_sends_the_wishes_and_the_admin_key(hfms, server):
     server.replies["POST", "/models/load"] = (200, LOADED)
-    options = ["--hardware", "cpu", "--dtype", "float32", "--alias", "mine", "--url", server.url]
+    wishes = ["--hardware", "cpu", "--dtype", "float32", "--replicas", "2", "--alias", "mine"]
     keys = {"HFMS_API_KEY": "user", "HFMS_ADMIN_API_KEY": "admin"}
-    done = hfms("models", "load", "org/name@main", *options, env=keys)
+    done = hfms("models", "load", "org/name@main", *wishes, "--url", server.url, env=keys)
     assert (done.returncode, done.stdout) == (0, "org/name is loaded on cpu\n")
-    assert server.asked == [
-        ("POST", "/models/load", {"model": "org/name@main", "hardware": "cpu", "dtype": "float32", "alias": "mine"})
-    ]
+    body = {"model": "org/name@main", "hardware": "cpu", "dtype": "float32", "replicas": 2, "alias": "mine"}
+    assert server.asked == [("POST", "/models/load", body)]
     assert server.headers[-1]["Authorization"] == "Bearer admin"
 
 

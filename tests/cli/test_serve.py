@@ -67,6 +67,12 @@ async def test_the_panel_names_url_models_devices_middleware_and_warnings(hfms):
     assert "admin123" not in printed
 
 
+async def test_replicas_of_each_model_are_told_when_they_are_ready(hfms):
+    served = await hfms("echo:a", "--replicas", "2")
+    assert "2 replicas" in await served.until("ready")
+    assert len(psutil.Process(served.process.pid).children()) == 2
+
+
 async def test_ctrl_c_drains_the_stream_in_flight_and_leaves_no_process(hfms):
     served = await hfms("echo:a", toml="[engine.echo]\nstep_ms = 20\n")
     await served.until("ready")

@@ -124,7 +124,7 @@ async def test_an_engine_that_cannot_load_what_it_supports_gives_way_to_the_next
         loader._engines = [Grumpy(), *loader._engines]
         model = await server.runtime.pool.load("echo:a")
         assert model.host_now().info.engine == "echo"
-        assert [c.engine.name for c in model.placement.candidates] == ["echo"]
+        assert [c.engine.name for c in model.replicas[0].placement.candidates] == ["echo"]
 
 
 async def test_when_no_engine_can_load_the_last_ones_reason_is_told(serve):
