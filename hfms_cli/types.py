@@ -117,6 +117,8 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     """Set once an input, on the first chunk that is about it."""
     vector: bytes | None = None
     """An embedding: little-endian float32."""
+    more: bool = False
+    """What follows is here already: whoever sends this on may wait for it, and send both at once."""
 
     @property
     def begins(self) -> bool:

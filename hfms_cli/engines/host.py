@@ -158,6 +158,7 @@ class EngineHost:
             while True:
                 outcome = await pending.queue.get()
                 if isinstance(outcome, Chunk):
+                    outcome.more = not pending.queue.empty()
                     yield outcome
                     continue
                 finished = True

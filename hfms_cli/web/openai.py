@@ -160,8 +160,9 @@ async def _stream(
     request: web.Request, shape: ChatShape | CompletionShape, chunks: AsyncIterator[Chunk], options: StreamOptions
 ) -> web.StreamResponse:
     """Each chunk as an event. An error before the first is an ordinary answer; after it, the stream's last event."""
-    stream = EventStream(request)
+    stream = EventStream(request, shape.head(shape.chunk_object))
     tally = Tally()
+    done = False
     try:
         async for chunk in chunks:
             tally.add(chunk)
@@ -171,26 +172,25 @@ async def _stream(
             if options.include_usage:
                 so_far = {"usage": tally.usage() if options.continuous_usage_stats else None}
                 events = [event | so_far for event in events]
-            if events:
-                await stream.send(*events)
+            await stream.send(*events, more=chunk.more)
         if options.include_usage:
-            await stream.send(shape.event([]) | {"usage": tally.usage()})
-        await stream.done()
+            await stream.send({"choices": [], "usage": tally.usage()}, more=True)
+        done = True
     except HfmsError as exc:
         if not stream.opened:
             raise
         log_of(request)["error"] = exc.code
-        await stream.fail(exc)
+        stream.fail(exc)
     except (ConnectionError, web.HTTPException):
         raise
     except Exception:
         if not stream.opened:
             raise
         log.exception("stream failed", request_id=request[REQUEST_ID])
-        await stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
+        stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
     finally:
         log_of(request).update(tally.log())
-    return await stream.close()
+    return await stream.close(done=done)
 
 
 class CompletionShape:
@@ -206,13 +206,11 @@ class CompletionShape:
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.call.id, "object": kind, "created": self.created, "model": self.call.model}
 
-    def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.head(self.chunk_object), "choices": choices}
-
     def events(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """What a chunk adds to the stream, each without its head."""
         if not chunk.text and not chunk.finish_reason:
             return []  # a token whose text is still held back
-        return [self.event([self.choice(chunk.index, chunk.text, chunk.finish_reason)])]
+        return [{"choices": [self.choice(chunk.index, chunk.text, chunk.finish_reason)]}]
 
     def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
@@ -242,7 +240,7 @@ class ChatShape(CompletionShape):
         if chunk.finish_reason:
             deltas.append(({}, chunk.finish_reason))
         return [
-            self.event([{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": finish}])
+            {"choices": [{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": finish}]}
             for delta, finish in deltas
         ]
 

@@ -53,6 +53,18 @@ async def test_a_call_is_answered_chunk_by_chunk_and_the_last_one_says_why_it_en
         await host.close()
 
 
+async def test_chunks_of_one_step_are_told_to_come_together():
+    host = await EngineHost.start("m", REQUEST, options(step_ms=5))
+    try:
+        three = Call(id="c", model="m", task="generate", inputs=["one"], n=3)
+        chunks = [c async for c in host.submit(three)]
+        assert [(c.index, c.more) for c in chunks] == [(0, True), (1, True), (2, True)]  # and the end comes with them
+        first, *_ = [c async for c in host.submit(call())]
+        assert not first.more
+    finally:
+        await host.close()
+
+
 async def test_calls_run_side_by_side_in_one_process():
     host = await EngineHost.start("m", REQUEST, options())
     try:
