@@ -27,6 +27,9 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "Address to listen on.", env="HOST")
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", env="PORT", ge=0, le=65535)
+    workers: int = setting(
+        1, "Processes that answer HTTP on this port; they share the engine processes.", env="WORKERS", ge=1
+    )
     insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
     metrics: bool = setting(True, "Serve /metrics for Prometheus.", env="ENABLE_METRICS")
     state_dir: str = setting(

@@ -245,7 +245,9 @@ def _tree(cls: type[HfmsError]) -> Iterable[type[HfmsError]]:
         yield from _tree(sub)
 
 
-def from_wire(kind: str, message: str, param: str | None, retry_after: float | None) -> HfmsError:
-    """Rebuild an error that a worker process sent, by its class name; unknown ones become `EngineFault`."""
+def from_wire(
+    kind: str, message: str, param: str | None, retry_after: float | None, code: str | None = None
+) -> HfmsError:
+    """Rebuild an error that another process sent, by its class name; unknown ones become `EngineFault`."""
     found = next((c for c in _tree(HfmsError) if c.__name__ == kind), EngineFault)
-    return found(message, param=param, retry_after=retry_after)
+    return found(message, param=param, code=code, retry_after=retry_after)

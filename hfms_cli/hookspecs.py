@@ -292,6 +292,13 @@ class Middleware:
         """Whether this middleware keeps strangers out. Without one that does, the server stays on loopback."""
         return False
 
+    def needs_one_front(self) -> str | None:
+        """Why this middleware must not run in several fronts at once ([server] workers), each with a state of its own.
+
+        None: it keeps no state between calls, shares it (in Redis, say), or does as well with a share of it.
+        """
+        return None
+
     def check(self, config: Config) -> Iterable[str]:
         """Warnings for the start panel. Raise ConfigError to refuse to start."""
         return ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that answer HTTP on this port.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Engine processes of each model.")] = None,
     insecure: Annotated[
@@ -35,28 +37,28 @@ def serve(
     """Serve models over the OpenAI API until Ctrl-C; a second Ctrl-C does not wait for calls in flight."""
     from hfms_cli.config import load_config
 
-    settings = load_config(
-        config,
-        flags={
-            "server": {"host": host, "port": port, "insecure": insecure},
-            "models": {"serve": models or None, "dtype": dtype, "replicas": replicas},
-            "log": {"level": log_level},
-        },
-    )
+    flags: dict[str, dict[str, Any]] = {
+        "server": {"host": host, "port": port, "workers": workers, "insecure": insecure},
+        "models": {"serve": models or None, "dtype": dtype, "replicas": replicas},
+        "log": {"level": log_level},
+    }
+    settings = load_config(config, flags=flags)
     try:
         from uvloop import run
     except ImportError:  # not on Windows
         from asyncio import run
-    run(_serve(settings))
+    run(_serve(settings, config, flags))
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, Any]]) -> None:
     from aiohttp import web
     from rich.console import Console
 
     from hfms_cli.errors import BadRequest, ConfigError
     from hfms_cli.models import names
     from hfms_cli.plugins import discover
+    from hfms_cli.serving.listen import listen
+    from hfms_cli.serving.owner import Fronts
     from hfms_cli.serving.runtime import Runtime
     from hfms_cli.telemetry import logs
     from hfms_cli.web.app import build_app
@@ -72,27 +74,39 @@ async def _serve(config: Config) -> None:
     # A disconnect must end the generation within a step, so handlers are cancelled; the access line is our own.
     runner = web.AppRunner(build_app(runtime), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    try:
-        site = web.TCPSite(runner, config.server.host, config.server.port)
+    async with contextlib.AsyncExitStack() as opened:
+        opened.push_async_callback(runner.cleanup)
+        opened.push_async_callback(runtime.close)
         try:
-            await site.start()
+            own, *others = await listen(config.server.host, config.server.port, config.server.workers)
         except OSError as exc:
             raise ConfigError(
                 f"cannot listen on {config.server.host}:{config.server.port}: {exc.strerror or exc}; choose another "
                 "with --host and --port",
                 param="port",
             ) from exc
+        for sock in own:
+            await web.SockSite(runner, sock).start()
+        if others:
+            # Only this user can reach the folder: what comes by it is believed to come from a front.
+            folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hfms-")))
+            await web.UnixSite(runner, folder / "owner").start()
+            runtime.fronts = Fronts(
+                runtime,
+                others,
+                owner=str(folder / "owner"),
+                config_file=str(file) if file else None,
+                flags=flags,
+            )
+            runtime.fronts.start()
         stop = _on_signals(console)
         loads = [runtime.pool.begin(name) for name in config.models.serve]
-        host, port = runner.addresses[0][:2]
+        host, port = own[0].getsockname()[:2]
         _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         announce = asyncio.create_task(_announce(console, runtime, [m.id for m in loads]))
         await stop.first.wait()
         announce.cancel()
         await _drain(console, runtime, stop.second, config.server.drain_seconds)
-    finally:
-        await runtime.close()
-        await runner.cleanup()
 
 
 class _Stop:

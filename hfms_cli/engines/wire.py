@@ -46,19 +46,20 @@ class Close(Struct, tag=True):
 
 
 class Fault(Struct, array_like=True):
-    """An HfmsError on its way to the front."""
+    """An HfmsError on its way to another process."""
 
     kind: str
     message: str
     param: str | None = None
     retry_after: float | None = None
+    code: str | None = None
 
     @classmethod
     def of(cls, error: HfmsError) -> Fault:
-        return cls(type(error).__name__, error.message, error.param, error.retry_after)
+        return cls(type(error).__name__, error.message, error.param, error.retry_after, error.code)
 
     def error(self) -> HfmsError:
-        return from_wire(self.kind, self.message, self.param, self.retry_after)
+        return from_wire(self.kind, self.message, self.param, self.retry_after, self.code)
 
 
 class Event(Struct, array_like=True, omit_defaults=True):

@@ -18,18 +18,19 @@ from typing import Any, Literal
 import structlog
 
 from hfms_cli.engines.host import EngineHost
-from hfms_cli.errors import BadRequest, Conflict, HfmsError, LoadFailed, ModelNotFound, Unavailable
+from hfms_cli.errors import BadRequest, Conflict, Forbidden, HfmsError, LoadFailed, ModelNotFound, Unavailable
 from hfms_cli.models import names
 from hfms_cli.models.loader import Loader, Wish
 from hfms_cli.models.phases import Phases
 from hfms_cli.models.replica import Replica, ReplicaState, status
-from hfms_cli.types import Call, Chunk, ModelName
+from hfms_cli.types import Call, Caller, Chunk, LoadedInfo, ModelName
 
 log = structlog.get_logger("hfms.models")
 
 State = ReplicaState | Literal["unloading"]
 
 NO_WISH = Wish()
+ANYBODY = Caller()
 
 
 def _set_event() -> asyncio.Event:
@@ -117,6 +118,11 @@ class ServedModel:
         doing = state if state in ("loading", "unloading") else "restarting"
         raise Unavailable(f"The model `{self.id}` is {doing}.", code=f"model_{doing}", retry_after=2.0)
 
+    @property
+    def info(self) -> LoadedInfo:
+        """What its engines say of it. Raises LoadFailed or Unavailable."""
+        return self.host_now().info
+
     def submit(self, call: Call) -> AsyncIterator[Chunk]:
         """Send a call to the engine that has least to do. Raises LoadFailed or Unavailable."""
         return self.host_now().submit(call)
@@ -164,7 +170,7 @@ class Pool:
                 return model
         return None
 
-    def known_as(self, name: str) -> list[str]:
+    def _known_as(self, name: str) -> list[str]:
         """The name, what its alias stands for, and the id of the model where it is in the pool."""
         model = self.find(name)
         return [name, self._aliases.get(name, name), *([model.id] if model else [])]
@@ -176,12 +182,12 @@ class Pool:
     # Calls.
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str, may_see: Callable[[str], bool] = lambda name: True) -> AsyncIterator[ServedModel]:
-        """A loaded model that is not unloaded while the block runs.
-
-        may_see: which names an error may suggest. Raises ModelNotFound, Unavailable.
-        """
-        model = self.find(name) or await self._load_from_disk(name, may_see)
+    async def lease(self, name: str, caller: Caller = ANYBODY) -> AsyncIterator[ServedModel]:
+        """A loaded model that is not unloaded while the block runs. Raises Forbidden, ModelNotFound, Unavailable."""
+        if not caller.may_use(*self._known_as(name)):
+            # Before anything is loaded; and the same answer whether or not there is such a model.
+            raise Forbidden(f"This key may not use the model `{name}`.", param="model", code="model_not_allowed")
+        model = self.find(name) or await self._load_from_disk(name, caller)
         model.host_now()
         model.leases += 1
         model.idle.clear()
@@ -192,14 +198,14 @@ class Pool:
             if not model.leases:
                 model.idle.set()
 
-    async def _load_from_disk(self, name: str, may_see: Callable[[str], bool]) -> ServedModel:
+    async def _load_from_disk(self, name: str, caller: Caller) -> ServedModel:
         """Load a model that is on this disk already: a caller's word alone fetches nothing."""
         if self._load_on_request:
             with contextlib.suppress(BadRequest):
                 wanted = names.parse(self._aliases.get(name, name))
                 if wanted.scheme != "path" and await self.loader.router.has(wanted):
                     return await self.load(str(wanted))
-        raise ModelNotFound.named(name, filter(may_see, self.names()))
+        raise ModelNotFound.named(name, filter(caller.may_use, self.names()))
 
     # Loads.
 

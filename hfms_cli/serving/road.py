@@ -7,20 +7,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
-from hfms_cli.errors import BadRequest, Forbidden, HfmsError
+from hfms_cli.errors import BadRequest, HfmsError
 from hfms_cli.hookspecs import Middleware, Proceed
-from hfms_cli.models.pool import Pool, ServedModel
 from hfms_cli.telemetry.metrics import Metrics
-from hfms_cli.types import Call, Chunk
+from hfms_cli.types import Call, Caller, Chunk, LoadedInfo
 
-if TYPE_CHECKING:
-    from hfms_cli.types import LoadedInfo
+
+class Model(Protocol):
+    """A model that can be called."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def info(self) -> LoadedInfo: ...
+
+    @property
+    def submit(self) -> Proceed: ...
+
+
+class Models(Protocol):
+    """Where models come from: the pool, or in a front its owner."""
+
+    def lease(self, name: str, caller: Caller) -> AbstractAsyncContextManager[Model]:
+        """A model that stays while the block runs. Raises Forbidden, ModelNotFound, Unavailable and their kin."""
+        ...
 
 
 class Road:
@@ -28,12 +48,12 @@ class Road:
 
     def __init__(
         self,
-        pool: Pool,
+        models: Models,
         middlewares: Sequence[Middleware],
         metrics: Metrics,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._pool = pool
+        self._models = models
         # A middleware that does not override `call` is not on this road.
         self._around_calls = [m for m in middlewares if type(m).call is not Middleware.call]
         self._metrics = metrics
@@ -41,8 +61,7 @@ class Road:
 
     async def answer(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine."""
-        self._refuse_forbidden(call)
-        async with self._pool.lease(call.model, call.caller.may_use) as model, AsyncExitStack() as opened:
+        async with self._models.lease(call.model, call.caller) as model, AsyncExitStack() as opened:
             self._refuse_unfit(call, model)
             # An alias and the name behind it are one model to every middleware.
             call = msgspec.structs.replace(call, model=model.id, digest=model.digest)
@@ -52,7 +71,7 @@ class Road:
                     measure.chunk(chunk)
                     yield chunk
 
-    def _chain(self, model: ServedModel) -> Proceed:
+    def _chain(self, model: Model) -> Proceed:
         """Fold the middlewares around the engine, the first one outermost."""
         proceed: Proceed = model.submit
         for middleware in reversed(self._around_calls):
@@ -75,14 +94,9 @@ class Road:
             self._metrics.plugin_errors.labels(middleware.name).inc()
             raise
 
-    def _refuse_forbidden(self, call: Call) -> None:
-        """Before anything is loaded; the same answer whether or not there is such a model."""
-        if not call.caller.may_use(*self._pool.known_as(call.model)):
-            raise Forbidden(f"This key may not use the model `{call.model}`.", param="model", code="model_not_allowed")
-
     @staticmethod
-    def _refuse_unfit(call: Call, model: ServedModel) -> None:
-        info: LoadedInfo = model.host_now().info
+    def _refuse_unfit(call: Call, model: Model) -> None:
+        info = model.info
         if call.task not in info.tasks:
             can = " and ".join({"generate": "generate text", "embed": "embed"}[t] for t in info.tasks)
             wants = {"generate": "generate text", "embed": "make embeddings"}[call.task]

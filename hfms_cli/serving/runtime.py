@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
@@ -17,8 +19,47 @@ from hfms_cli.models.pool import Pool, describe
 from hfms_cli.models.router import Router, open_router
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving.road import Road
-from hfms_cli.telemetry.metrics import Metrics
+from hfms_cli.telemetry.metrics import Metrics, summed
 from hfms_cli.version import __version__
+
+if TYPE_CHECKING:
+    from hfms_cli.serving.owner import Fronts
+
+
+class Named(Protocol):
+    """A model with its id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+class Finds(Protocol):
+    """Knows models by the names that callers use."""
+
+    def find(self, name: str) -> Named | None: ...
+
+
+class Serving(Protocol):
+    """What answering calls takes: a whole `Runtime`, or in a further front what it has of one."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def middlewares(self) -> Sequence[Middleware]: ...
+
+    @property
+    def pool(self) -> Finds: ...
+
+    @property
+    def road(self) -> Road: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    def admit(self) -> AbstractContextManager[None]:
+        """Let one model call in, for as long as it takes. Raises Unavailable."""
+        ...
 
 
 @dataclass
@@ -37,12 +78,15 @@ class Runtime:
     started: float = field(default_factory=time.time)
     draining: bool = False
     in_flight: int = 0
+    fronts: Fronts | None = None
+    """Those beside this process, where `workers` asks for some."""
 
     @classmethod
     def build(cls, config: Config, plugins: Plugins) -> Runtime:
         """Create what the configuration names. Raises ConfigError, PluginError."""
         plugins.check(config)
         middlewares = [plugins.create("middleware", n, config) for n in config.middleware.order]
+        _refuse_divided_state(config, middlewares)
         warnings = [w for m in middlewares for w in m.check(config)]
         warnings += _refuse_open_door(config, any(m.guards() for m in middlewares))
         metrics = Metrics()
@@ -67,14 +111,16 @@ class Runtime:
         """Whether a middleware keeps strangers out."""
         return any(m.guards() for m in self.middlewares)
 
-    def enter(self) -> None:
-        """Admit one model call. Raises Unavailable while draining."""
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Let one model call in, and count it until the block ends. Raises Unavailable while draining."""
         if self.draining:
             raise Unavailable("The server is shutting down.", code="draining", retry_after=5.0)
         self.in_flight += 1
-
-    def leave(self) -> None:
-        self.in_flight -= 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
 
     def not_ready(self) -> str | None:
         """Why nothing can be answered now; None when it can."""
@@ -88,6 +134,7 @@ class Runtime:
             "ready": self.not_ready() is None,
             "draining": self.draining,
             "requests_in_flight": self.in_flight,
+            "fronts": self.fronts.pids if self.fronts else [],
             "models": [describe(m) for m in self.pool.models()],
             "hardware": self.probe(),
             "plugins": [
@@ -134,11 +181,28 @@ class Runtime:
             if device.kind == "cpu":
                 m.hardware_utilization.labels(device.id).set(psutil.cpu_percent() / 100)
 
+    async def render_metrics(self) -> bytes:
+        """The text that Prometheus reads: gauges as they are now, and counters of every front."""
+        await asyncio.to_thread(self.refresh_metrics)
+        own = self.metrics.render()
+        return summed([own, *await self.fronts.series()]) if self.fronts else own
+
     async def close(self) -> None:
+        if self.fronts is not None:
+            await self.fronts.close()
         await self.pool.close()
         for middleware in self.middlewares:
             await middleware.close()
         await self.router.close()
+
+
+def _refuse_divided_state(config: Config, middlewares: Sequence[Middleware]) -> None:
+    """Each front has middlewares of its own; what one must know of the others has to be kept elsewhere."""
+    if config.server.workers == 1:
+        return
+    for middleware in middlewares:
+        if reason := middleware.needs_one_front():
+            raise ConfigError(f"the middleware `{middleware.name}` needs `workers = 1`: {reason}", param="workers")
 
 
 def _refuse_open_door(config: Config, guarded: bool) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from hfms_cli.types import Chunk
@@ -113,3 +116,35 @@ class CallMeasure:
     def end(self) -> None:
         self._metrics.prompt_tokens.labels(self._model).inc(self.prompt_tokens)
         self._metrics.generation_tokens.labels(self._model).inc(self.completion_tokens)
+
+
+class _Fixed(Collector):
+    """Series that were counted elsewhere."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def summed(texts: Iterable[bytes]) -> bytes:
+    """Metrics of several processes as one text: counters and histograms are added, gauges are those of the first."""
+    families: dict[str, Metric] = {}
+    totals: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for number, text in enumerate(texts):
+        for family in text_string_to_metric_families(text.decode()):
+            if number and family.type == "gauge":
+                continue
+            families.setdefault(family.name, family)
+            total = totals.setdefault(family.name, {})
+            for sample in family.samples:
+                key = sample.name, tuple(sample.labels.items())
+                total[key] = total.get(key, 0.0) + sample.value
+    for name, family in families.items():
+        family.samples = []
+        for (sample_name, labels), value in totals[name].items():
+            family.add_sample(sample_name, dict(labels), value)
+    registry = CollectorRegistry()
+    registry.register(_Fixed(list(families.values())))
+    return generate_latest(registry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,25 +16,27 @@ from functools import partial
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware as AroundAll
 
 from hfms_cli.errors import BadRequest, HfmsError, NotFound, Unauthorized
 from hfms_cli.hookspecs import Middleware, begin_exchange
-from hfms_cli.serving.runtime import Runtime
+from hfms_cli.serving.runtime import Runtime, Serving
 from hfms_cli.web import models, openai, status
-from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, caller_of, respond
+from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, SERVING, caller_of, respond
 
 log = structlog.get_logger("hfms.web")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLIENT_GONE = 499
+ADDRESS = "X-Hfms-Address"
+"""In requests that fronts pass on, and believed in no other: the client's address."""
 
 
 def build_app(runtime: Runtime) -> web.Application:
     """The application, with the routes of hfms and of every plugin."""
-    app = web.Application(
-        middlewares=[_outermost, _operators_middlewares], client_max_size=runtime.config.server.max_body_bytes
-    )
+    other_fronts = runtime.config.server.workers > 1
+    app = base_app(runtime, *([_true_address] if other_fronts else []))
     app[RUNTIME] = runtime
     for module in (openai, models, status):
         app.add_routes(module.routes)
@@ -42,8 +45,32 @@ def build_app(runtime: Runtime) -> web.Application:
     for middleware in runtime.middlewares:
         middleware.routes(app)
     runtime.plugins.call("hfms_routes", app)
+    return app
+
+
+def base_app(serving: Serving, *first: AroundAll) -> web.Application:
+    """What every front has: the routes of calls, and all that a request passes on its way there."""
+    app = web.Application(
+        middlewares=[*first, _outermost, _operators_middlewares],
+        client_max_size=serving.config.server.max_body_bytes,
+    )
+    app[SERVING] = serving
+    app.add_routes(openai.calls)
     app.on_response_prepare.append(_add_headers)
     return app
+
+
+@web.middleware
+async def _true_address(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A request that another front passed on comes from where that front says."""
+    connection = request.transport.get_extra_info("socket") if request.transport else None
+    if connection is None or connection.family != socket.AF_UNIX:
+        return await handler(request)
+    theirs = request.clone(remote=request.headers.get(ADDRESS, ""))
+    response = await handler(theirs)
+    # aiohttp sends the answer by the request that it made itself.
+    request[REQUEST_ID], request[EXCHANGE] = theirs[REQUEST_ID], theirs[EXCHANGE]
+    return response
 
 
 @web.middleware
@@ -72,7 +99,7 @@ async def _outermost(request: web.Request, handler: Handler) -> web.StreamRespon
 @web.middleware
 async def _operators_middlewares(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Fold the plugins' `http` around the handler, the first of [middleware] order outermost."""
-    runtime = request.app[RUNTIME]
+    runtime = request.app[SERVING]
     for middleware in reversed(runtime.middlewares):
         if type(middleware).http is not Middleware.http:
             handler = partial(_blame, runtime, middleware, handler)
@@ -80,7 +107,7 @@ async def _operators_middlewares(request: web.Request, handler: Handler) -> web.
 
 
 async def _blame(
-    runtime: Runtime, middleware: Middleware, handler: Handler, request: web.Request
+    runtime: Serving, middleware: Middleware, handler: Handler, request: web.Request
 ) -> web.StreamResponse:
     """A middleware's unexpected exceptions are counted under its name, those of what it wraps are not."""
     inner: list[BaseException] = []
@@ -114,7 +141,7 @@ def _error_response(request: web.Request, exc: HfmsError | web.HTTPException) ->
     if isinstance(exc, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     request[LOG]["error"] = exc.code
-    metrics = request.app[RUNTIME].metrics
+    metrics = request.app[SERVING].metrics
     metrics.errors.labels(_model_label(request), exc.code or exc.type).inc()
     return respond(exc.envelope(), status=getattr(exc, "http_status", exc.status), headers=headers)
 
@@ -138,7 +165,7 @@ def _from_aiohttp(request: web.Request, exc: web.HTTPException) -> tuple[HfmsErr
             text = f"Not allowed to {request.method} {request.path}; allowed: {allow}."
             return _PlainHttpError(405, text, "method_not_allowed"), {"Allow": allow}
         case web.HTTPRequestEntityTooLarge():
-            limit = request.app[RUNTIME].config.server.max_body_bytes
+            limit = request.app[SERVING].config.server.max_body_bytes
             return _PlainHttpError(413, f"The body is longer than {limit} bytes.", "body_too_large"), {}
         case web.HTTPBadRequest():
             return BadRequest("The request could not be read.", code="bad_request"), {}
@@ -148,7 +175,7 @@ def _from_aiohttp(request: web.Request, exc: web.HTTPException) -> tuple[HfmsErr
 
 def _account(request: web.Request, status_code: int, began: float) -> None:
     """The access line, and the counters that go with it."""
-    runtime = request.app[RUNTIME]
+    runtime = request.app[SERVING]
     seconds = time.perf_counter() - began
     resource = request.match_info.route.resource
     endpoint = resource.canonical if resource is not None else "unknown"
@@ -170,12 +197,13 @@ def _account(request: web.Request, status_code: int, began: float) -> None:
 def _model_label(request: web.Request) -> str:
     """The model's id where it is served, else empty: what clients send must not become series."""
     asked = request[LOG].get("model")
-    found = request.app[RUNTIME].pool.find(asked) if asked else None
+    found = request.app[SERVING].pool.find(asked) if asked else None
     return found.id if found else ""
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """The request's id, and what middlewares want said."""
-    response.headers["x-request-id"] = request.get(REQUEST_ID, "")
+    """The request's id, and what middlewares want said. What a front passes on has those of the owner."""
+    if REQUEST_ID in request:
+        response.headers["x-request-id"] = request[REQUEST_ID]
     if EXCHANGE in request:
         response.headers.update(request[EXCHANGE].answer)

@@ -11,10 +11,12 @@ from aiohttp import web
 
 from hfms_cli.errors import Forbidden
 from hfms_cli.hookspecs import Exchange, caller_key
-from hfms_cli.serving.runtime import Runtime
+from hfms_cli.serving.runtime import Runtime, Serving
 from hfms_cli.types import Caller
 
 RUNTIME = web.AppKey("runtime", Runtime)
+SERVING: web.AppKey[Serving] = web.AppKey("serving")
+"""What answers calls: in the owner of the models its `RUNTIME`, in a further front less."""
 REQUEST_ID = web.RequestKey("request_id", str)
 EXCHANGE = web.RequestKey("exchange", Exchange)
 LOG: web.RequestKey[dict[str, Any]] = web.RequestKey("log", dict)

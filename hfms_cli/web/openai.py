@@ -8,9 +8,9 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import structlog
@@ -20,32 +20,31 @@ from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
 from hfms_cli.types import Call, Chunk
 from hfms_cli.web.body import parse
-from hfms_cli.web.context import REQUEST_ID, RUNTIME, caller_of, log_of, respond
+from hfms_cli.web.context import REQUEST_ID, RUNTIME, SERVING, caller_of, log_of, respond
 from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, lowered
 from hfms_cli.web.sse import EventStream
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 log = structlog.get_logger("hfms.web")
 routes = web.RouteTableDef()
+calls = web.RouteTableDef()
+"""Routes that take nothing but the road; every front answers them by itself."""
 
 
-@routes.post("/v1/chat/completions")
+@calls.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = parse(ChatRequest, await request.read())
     call = _call_of(request, body, "chatcmpl")
     return await _generate(request, body, call, ChatShape(call))
 
 
-@routes.post("/v1/completions")
+@calls.post("/v1/completions")
 async def completions(request: web.Request) -> web.StreamResponse:
     body = parse(CompletionRequest, await request.read())
     call = _call_of(request, body, "cmpl")
     return await _generate(request, body, call, CompletionShape(call))
 
 
-@routes.post("/v1/embeddings")
+@calls.post("/v1/embeddings")
 async def embeddings(request: web.Request) -> web.StreamResponse:
     body = parse(EmbeddingRequest, await request.read())
     call = _call_of(request, body, "embd")
@@ -249,20 +248,14 @@ class ChatShape(CompletionShape):
         return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
 
 
-@contextmanager
-def _admitted(request: web.Request, call: Call) -> Iterator[None]:
+def _admitted(request: web.Request, call: Call) -> AbstractContextManager[None]:
     """Count the call as in flight, so that a drain waits for it."""
-    runtime = request.app[RUNTIME]
     log_of(request)["model"] = call.model
-    runtime.enter()
-    try:
-        yield
-    finally:
-        runtime.leave()
+    return request.app[SERVING].admit()
 
 
 def _answer(request: web.Request, call: Call) -> AsyncGenerator[Chunk, None]:
-    return request.app[RUNTIME].road.answer(call)
+    return request.app[SERVING].road.answer(call)
 
 
 def _call_of(request: web.Request, body: ChatRequest | CompletionRequest | EmbeddingRequest, prefix: str) -> Call:

@@ -34,8 +34,5 @@ async def status(request: web.Request) -> web.StreamResponse:
 
 async def metrics(request: web.Request) -> web.StreamResponse:
     """Prometheus text; a route only where [server] metrics says so."""
-    runtime = request.app[RUNTIME]
-    await asyncio.to_thread(runtime.refresh_metrics)
-    return web.Response(
-        body=runtime.metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    )
+    text = await request.app[RUNTIME].render_metrics()
+    return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

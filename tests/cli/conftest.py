@@ -160,3 +160,45 @@ def serving(tmp_path, environment) -> Iterator[Callable[..., str]]:
     for process in processes:
         process.terminate()
         process.communicate(timeout=30)
+
+
+class Served:
+    """A running `hfms serve`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process, self.url = process, f"http://127.0.0.1:{port}"
+        self.printed = ""
+
+    async def until(self, word: str, seconds: float = 30) -> str:
+        """Read stdout until `word` has been printed."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            while word not in self.printed:
+                data = await self.process.stdout.read(4096)
+                if not data:
+                    stderr = await self.process.stderr.read() if self.process.stderr else b""
+                    raise AssertionError(f"ended without {word!r}: {self.printed}\n{stderr.decode()}")
+                self.printed += data.decode()
+        return self.printed
+
+
+@pytest.fixture
+async def hfms_serve(environ, tmp_path: Path, free_port: int):
+    """`await hfms_serve("echo:a", toml="...")` starts `hfms serve` on a free port; what runs still is killed."""
+    started: list[Served] = []
+
+    async def start(*arguments: str, toml: str = "", env: dict[str, str] | None = None) -> Served:
+        (tmp_path / "hfms.toml").write_text(toml)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "hfms_cli", "serve", "--port", str(free_port), *arguments,
+            cwd=tmp_path, env=environ | (env or {}),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        started.append(Served(process, free_port))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.returncode is None:
+            served.process.kill()
+            await served.process.wait()

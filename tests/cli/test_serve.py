@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import aiohttp
 import psutil
@@ -15,48 +12,9 @@ import pytest
 CHAT = {"model": "echo:a", "messages": [{"role": "user", "content": "one two three"}]}
 
 
-class Served:
-    """A running `hfms serve`."""
-
-    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
-        self.process, self.url = process, f"http://127.0.0.1:{port}"
-        self.printed = ""
-
-    async def until(self, word: str, seconds: float = 30) -> str:
-        """Read stdout until `word` has been printed."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(seconds):
-            while word not in self.printed:
-                data = await self.process.stdout.read(4096)
-                if not data:
-                    stderr = await self.process.stderr.read() if self.process.stderr else b""
-                    raise AssertionError(f"ended without {word!r}: {self.printed}\n{stderr.decode()}")
-                self.printed += data.decode()
-        return self.printed
-
-
 @pytest.fixture
-async def hfms(environ, tmp_path: Path, free_port: int):
-    started: list[Served] = []
-
-    async def start(*arguments: str, toml: str = "", env: dict[str, str] | None = None) -> Served:
-        (tmp_path / "hfms.toml").write_text(toml)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hfms_cli", "serve", "--port", str(free_port), *arguments,
-            cwd=tmp_path, env=environ | (env or {}),
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        started.append(Served(process, free_port))
-        return started[-1]
-
-    yield start
-    for served in started:
-        if served.process.returncode is None:
-            served.process.kill()
-            await served.process.wait()
-
-
-Start = Callable[..., object]
+def hfms(hfms_serve):
+    return hfms_serve
 
 
 async def test_the_panel_names_url_models_devices_middleware_and_warnings(hfms):
@@ -121,6 +79,7 @@ async def test_a_load_that_fails_is_told_and_the_server_goes_on(hfms, tmp_path):
         (["--", "--help-me"], "", "begins with `-`"),
         (["--host", "0.0.0.0"], "", "no key is configured"),
         (["--log-level", "loud"], "", "--log-level is 'loud'"),
+        (["--workers", "2"], "", "the middleware `rate_limit` needs `workers = 1`"),
         ([], "[server]\nprot = 1\n", "did you mean `port`"),
         ([], '[middleware]\norder = ["queues"]\n', "which no plugin provides"),
     ],

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from hfms_cli import Call, Chunk, HfmsError, Middleware, Proceed, Provider, exchange, hookimpl
+from hfms_cli import Call, Chunk, ConfigError, HfmsError, Middleware, Proceed, Provider, exchange, hookimpl
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving.runtime import Runtime
@@ -47,6 +47,11 @@ class Broken(Middleware):
         async for chunk in proceed(call):
             raise ZeroDivisionError(chunk.text)
         yield Chunk()
+
+
+class Forgetful(Middleware):
+    def needs_one_front(self) -> str | None:
+        return "it counts in memory"
 
 
 class Refuse(Middleware):
@@ -97,6 +102,7 @@ def runtime(serve, environ, tmp_path):
             ("refuse", Refuse),
             ("patient", Patient),
             ("curious", Curious),
+            ("forgetful", Forgetful),
         )
         for name, kind in kinds:
             yield Provider(name, kind)
@@ -106,11 +112,12 @@ def runtime(serve, environ, tmp_path):
     for kept in (Wrap.diary, Patient.seen, Curious.seen):
         kept.clear()
 
-    async def build(*order: str, step_ms: int = 0, alias: str | None = None) -> Runtime:
+    async def build(*order: str, step_ms: int = 0, alias: str | None = None, workers: int = 1) -> Runtime:
         from importlib.metadata import entry_points
 
         file = tmp_path / "road.toml"
-        file.write_text(f"[middleware]\norder = {list(order)}\n[engine.echo]\nstep_ms = {step_ms}\n")
+        server = f"[server]\nworkers = {workers}\n"
+        file.write_text(f"{server}[middleware]\norder = {list(order)}\n[engine.echo]\nstep_ms = {step_ms}\n")
         config = load_config(file, environ=environ)
         points = [*entry_points(group="hfms"), EntryPoint("road", "road_test_plugin", "hfms")]
         made = Runtime.build(config, discover(config, points))
@@ -241,3 +248,11 @@ async def test_a_middlewares_call_reads_and_writes_headers_of_streams_wholes_and
     finally:
         await runner.cleanup()
         await made.close()
+
+
+async def test_a_middleware_that_counts_in_memory_refuses_several_fronts(runtime):
+    with pytest.raises(ConfigError, match=r"`forgetful` needs `workers = 1`: it counts in memory") as caught:
+        await runtime("a", "forgetful", workers=2)
+    assert caught.value.param == "workers"
+    made = await runtime("forgetful")
+    await made.close()

@@ -117,6 +117,9 @@ class Queue(Middleware):
         most = self._options.max_size * queues
         return {**vars(numbers), "max_size": most, "utilization": round(numbers.current_size / most, 4)}
 
+    def needs_one_front(self) -> str | None:
+        return "it counts in memory, and each front would let as many wait; take queue out of [middleware] order"
+
     def status(self) -> dict[str, Any]:
         return self.statistics()
 

@@ -142,6 +142,14 @@ class RateLimit(Middleware):
 
     # What belongs to the feature beside its work.
 
+    def needs_one_front(self) -> str | None:
+        if self._link is None:
+            return (
+                "its levels are in memory, and each front would allow as much as one; set [middleware.rate_limit] "
+                "store to a Redis, or take rate_limit out of [middleware] order"
+            )
+        return None
+
     def check(self, config: Config) -> Iterable[str]:
         order = config.middleware.order
         if "auth" in order and order.index("auth") > order.index(self.name):
