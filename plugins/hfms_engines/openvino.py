@@ -6,30 +6,17 @@ by what is in the model's files, so the next load only reads and compiles it.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import importlib.util
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hfms_cli import Device, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Task, setting
+from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Task, setting
+from hfms_engines.conversion import converted
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS, WORKING_BYTES, cache_bytes, weights_bytes
 
 if TYPE_CHECKING:
     from hfms_engines.paged import PagedScheduler
-
-log = logging.getLogger("hfms.engine")
-
-ABANDONED_AFTER = 24 * 3600
-"""Seconds after which a conversion is surely over."""
 
 # fmt: off
 # Models whose answers from this engine are tested to be transformers' own.
@@ -133,66 +120,12 @@ class OpenVinoEngine:
             share=self.options.prefix_cache == "all",
         )
 
-    # --- conversion ---
-
     def _export(self, request: LoadRequest) -> Path:
         """The folder of the converted model, which is made where there is none."""
+        from hfms_engines.openvino_export import Job
+
         quantize: Literal["none", "int8"] = "int8" if self.options.quantize == "int8" else "none"
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
-        root = Path(self.options.cache_dir or base).expanduser() / "openvino"
-        final = root / f"{_digest(request)}-{quantize}"
-        if not final.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(root)
-            made = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
-            request.report("convert")
-            try:
-                _convert(request, quantize, made)
-                # Complete or not there; whoever was faster made the same.
-                if not final.is_dir():
-                    made.rename(final)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-        return final
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Delete what conversions that were killed have left."""
-    for folder in root.glob(".making-*"):
-        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _digest(request: LoadRequest) -> str:
-    """Names a conversion by all that it depends on: the model's files, and the versions of what reads them."""
-    digest = hashlib.sha256()
-    for package in ("openvino", "transformers", "torch"):
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    code = Path(__file__).with_name("openvino_export.py")
-    for file in [code, *sorted(p for p in Path(request.folder).rglob("*") if p.is_file())]:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def _convert(request: LoadRequest, quantize: Literal["none", "int8"], out: Path) -> None:
-    """Raises LoadFailed."""
-    import msgspec
-
-    from hfms_engines.openvino_export import Job
-
-    job = Job(str(request.folder), request.card, request.device, quantize)
-    log.info("converting the model for openvino; this is done once")
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "hfms_engines.openvino_export", str(out)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdin.write(msgspec.json.encode(job) + b"\n")
-        child.stdin.flush()
-        said = child.stdout.read().decode(errors="replace").strip()
-    if child.returncode:
-        reason = said.splitlines()[-1] if said else f"its conversion ended with status {child.returncode}."
-        raise LoadFailed(f"openvino cannot take this model: {reason} The engine `transformers` may.")
+        job = Job(str(request.folder), request.card, request.device, quantize)
+        return converted(
+            request.folder, job, modules=["openvino_export"], variant=quantize, cache_dir=self.options.cache_dir
+        )

@@ -2,8 +2,8 @@
 
     python -m hfms_engines.openvino_export OUT < job
 
-job: the JSON of `Job`, on one line. OUT: an empty folder, which holds model and tokenizer when this succeeds. The
-reason of a failure is the last line on stdout, all else goes to stderr. It ends when its stdin does.
+job: the JSON of `Job`, on one line. OUT: an empty folder, which holds model and tokenizer when this succeeds. See
+`conversion` for the process itself.
 
 The model is traced once, by OpenVINO's own front end. Its attention is replaced for that by one operator,
 `hfms::attend`, which becomes OpenVINO's PagedAttentionExtension; all else is the model's own code. So a pass reads
@@ -18,9 +18,7 @@ inputs and the same name, and `read` puts the right one back.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +31,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hfms_cli import Device, HfmsError, LoadFailed, LoadRequest, ModelCard
+from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard
+from hfms_engines.conversion import main, say
 
 MODEL = "openvino_model.xml"
 INPUTS = (
@@ -355,9 +354,6 @@ def make(job: Job, out: Path) -> None:
     """Raises LoadFailed, UnsafeFormat and DoesNotFit, and whatever OpenVINO raises."""
     from hfms_engines import torch_runner
 
-    def say(text: str) -> None:
-        print(f"openvino: {text}", file=sys.stderr, flush=True)
-
     say("reading the model with transformers")
     request = LoadRequest(folder=Path(job.folder), card=job.card, device=job.device, dtype="float32")
     theirs = torch_runner.load(request, cache_bytes=2**62)
@@ -421,19 +417,5 @@ def _compare(out: Path, ids: list[int], expected: Any) -> tuple[float, float]:
     return error, float((got.argmax(-1) == expected.argmax(-1)).float().mean())
 
 
-def main() -> None:
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
-    # Whoever wanted the model may be gone before it is made.
-    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
-    try:
-        make(job, Path(sys.argv[1]))
-    except HfmsError as exc:
-        print(exc.message)
-        sys.exit(1)
-    except Exception as exc:
-        print(f"{type(exc).__name__}.")
-        raise
-
-
 if __name__ == "__main__":
-    main()
+    main(Job, make)

@@ -20,8 +20,11 @@ from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines.blocks import Blocks
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 
-__all__ = ["Runner", "load"]
+__all__ = ["SHORT", "Runner", "load", "precision_of"]
 
+
+SHORT = {"bfloat16": "bf16", "float32": "f32"}
+"""What OpenVINO calls them."""
 
 # Blocks of a cache that is only tried out.
 _FEW = 16
@@ -120,6 +123,16 @@ class Runner:
         return False
 
 
+def precision_of(core: Any, dtype: str) -> str:
+    """What this machine's CPU runs in where `dtype` is asked for: "float32" or "bfloat16". Raises LoadFailed."""
+    fast = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == "bfloat16" and not fast:
+        raise LoadFailed("This CPU has no bfloat16; set [models] dtype to float32.")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise LoadFailed(f"openvino does not run in {dtype} on CPUs; set [models] dtype to float32 or bfloat16.")
+    return "bfloat16" if fast and dtype != "float32" else "float32"
+
+
 def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool) -> Runner:
     """Compile the model in an export's folder for this machine's CPU.
 
@@ -128,14 +141,9 @@ def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool) -> R
     """
     transformers.logging.set_verbosity_error()
     core = ov.Core()
-    fast = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if dtype == "bfloat16" and not fast:
-        raise LoadFailed("This CPU has no bfloat16; set [models] dtype to float32.")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise LoadFailed(f"openvino does not run in {dtype} on CPUs; set [models] dtype to float32 or bfloat16.")
-    precision = "bfloat16" if fast and dtype != "float32" else "float32"
+    precision = precision_of(core, dtype)
     about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
-    short = {"bfloat16": "bf16", "float32": "f32"}[precision]
+    short = SHORT[precision]
     try:
         model = read(core, folder)
         compiled = core.compile_model(

@@ -30,7 +30,7 @@ pytest.importorskip("hfms_engines.openvino_export", exc_type=ImportError)
 
 import torch
 
-from hfms_engines import openvino_export, openvino_runner, torch_runner
+from hfms_engines import conversion, openvino_export, openvino_runner, torch_runner
 from hfms_engines.paged import PagedScheduler
 from tests.engines import tiny
 from tests.engines.driving import CPU, call, drain, gguf_card, prompts
@@ -490,12 +490,10 @@ def test_float16_is_refused_with_what_to_do(export):
 
 
 def test_a_model_is_converted_once_and_again_when_its_files_change(llama, tmp_path, monkeypatch):
-    from hfms_engines import openvino as engine_module
-
     options = OpenVinoOptions(cache_dir=str(tmp_path / "cache"), kv_cache_bytes=2**24)
     made = []
-    convert = engine_module._convert
-    monkeypatch.setattr(engine_module, "_convert", lambda *args: made.append(1) or convert(*args))
+    convert = conversion._run
+    monkeypatch.setattr(conversion, "_run", lambda *args: made.append(1) or convert(*args))
     folder = tmp_path / "model"
     folder.mkdir()
     for file in llama.iterdir():
