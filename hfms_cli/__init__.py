@@ -41,9 +41,11 @@ from hfms_cli.hookspecs import (
     Proceed,
     Progress,
     Provider,
+    Report,
     Storage,
     exchange,
     hookimpl,
+    report_nothing,
 )
 from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag
 from hfms_cli.settings import setting
@@ -60,6 +62,8 @@ from hfms_cli.types import (
     ModelFile,
     ModelName,
     Probe,
+    Quality,
+    Quantize,
     Sampling,
     Task,
 )
@@ -136,6 +140,9 @@ __all__ = [
     "Proceed",
     "Progress",
     "Provider",
+    "Quality",
+    "Quantize",
+    "Report",
     "Sampling",
     "ServerUrl",
     "SeveralModels",
@@ -161,6 +168,7 @@ __all__ = [
     "print_json",
     "print_table",
     "printable",
+    "report_nothing",
     "require_admin",
     "respond",
     "setting",

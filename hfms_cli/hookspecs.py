@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import pluggy
 
 from hfms_cli.config import Config
-from hfms_cli.types import Call, Caller, Chunk, Device, LoadedInfo, Manifest, ModelCard, ModelName, Probe, Task
+from hfms_cli.types import (
+    Call,
+    Caller,
+    Chunk,
+    Device,
+    LoadedInfo,
+    Manifest,
+    ModelCard,
+    ModelName,
+    Probe,
+    Quantize,
+    Task,
+)
 
 if TYPE_CHECKING:
     import typer
@@ -177,6 +189,8 @@ class LoadRequest:
     device: Device
     dtype: str = "auto"
     trust_remote_code: bool = False
+    quantize: Quantize = "auto"
+    """auto: what the engine's own options say."""
     report: Report = report_nothing
     """`Engine.load` may tell here what it does; until it does, that is `load`."""
 
@@ -214,7 +228,14 @@ class LoadedModel(Protocol):
 
 
 class Engine(Protocol):
-    """Runs models of some formats on some devices."""
+    """Runs models of some formats on some devices.
+
+    An engine may also have
+    - `quantizes`: which of `int8` and `int4` it can make of a model's weights; without it, it is asked for neither;
+    - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
+    - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models
+      tune` found is measured anew. Options named `threads`, `max_batch` and `prefill_tokens` are tuned by these names.
+    """
 
     name: str
     tasks: tuple[Task, ...]

@@ -24,11 +24,14 @@ __all__ = [
     "ModelFile",
     "ModelName",
     "Probe",
+    "Quality",
+    "Quantize",
     "Sampling",
     "Task",
 ]
 
 Task = Literal["generate", "embed"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 FinishReason = Literal["stop", "length"]
 
 PRIORITIES = ("low", "normal", "high", "critical")
@@ -223,6 +226,17 @@ class Probe(Struct, frozen=True):
     reason: str | None = None
 
 
+class Quality(Struct, frozen=True, kw_only=True):
+    """What quantisation did to a model, measured on a text."""
+
+    tokens: int
+    """Of the text."""
+    perplexity: float
+    perplexity_before: float
+    agreement: float
+    """Share of places in which the model's first choice is still the same, 0 to 1."""
+
+
 class LoadedInfo(Struct, frozen=True, kw_only=True):
     """What a worker says of the model that it holds."""
 
@@ -238,3 +252,9 @@ class LoadedInfo(Struct, frozen=True, kw_only=True):
     """The model has a chat template."""
     dimensions: int = 0
     """Of its embeddings; 0 where it makes none."""
+    quantize: Quantize = "none"
+    """What the engine has made of the weights."""
+    quality: Quality | None = None
+    """What that has cost, where it was measured."""
+    weights_bytes: int = 0
+    """Bytes that one token of one stream reads of the weights; 0: unknown."""

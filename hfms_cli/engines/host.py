@@ -110,6 +110,7 @@ class EngineHost:
                     card=request.card,
                     device=request.device,
                     dtype=request.dtype,
+                    quantize=request.quantize,
                     trust_remote_code=request.trust_remote_code,
                     options=options.engine_options,
                     config_file=options.config_file,

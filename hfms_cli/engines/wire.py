@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from hfms_cli.errors import HfmsError, from_wire
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard, Quantize
 
 HEADER = struct.Struct("<I")
 
@@ -26,6 +26,7 @@ class Load(Struct, tag=True, kw_only=True):
     card: ModelCard
     device: Device
     dtype: str
+    quantize: Quantize
     trust_remote_code: bool
     options: dict[str, Any]
     """The table `[engine.<name>]`, unread."""

@@ -85,6 +85,7 @@ def load(order: wire.Load, link: Link) -> LoadedModel:
         card=order.card,
         device=order.device,
         dtype=order.dtype,
+        quantize=order.quantize,
         trust_remote_code=order.trust_remote_code,
         report=lambda phase, done=None: link.send(wire.Phase(phase, done)),
     )

@@ -1,7 +1,8 @@
 """OpenVINO models made of other models: once, in a process of their own, kept by what they were made of.
 
-A maker is a module of this package. Its process reads a job from stdin and fills a folder; it says why it cannot on the
-last line of its stdout, all else goes to stderr, and it ends when its stdin does. Imports nothing heavy.
+A maker is a module of this package. Its process reads a job from stdin and fills a folder; it names its phases on
+stdout, and on the last line there it says why it cannot go on; all else goes to stderr, and it ends when its stdin
+does. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from hfms_cli import HfmsError, LoadFailed
+from hfms_cli import HfmsError, LoadFailed, Quality, Report, report_nothing
 
 Job = TypeVar("Job", bound=msgspec.Struct)
 
@@ -30,29 +31,64 @@ log = logging.getLogger("hfms.engine")
 
 ABANDONED_AFTER = 24 * 3600
 """Seconds after which a conversion is surely over."""
+PACKAGES = ("openvino", "transformers", "torch")
+"""Whose versions a conversion depends on."""
+
+QUALITY = "quality.json"
+"""Beside a quantised model: what that has cost."""
+
+_PHASE = "phase: "
 
 
-def converted(model: Path, job: msgspec.Struct, *, modules: Sequence[str], variant: str, cache_dir: str) -> Path:
+def converted(
+    model: Path,
+    job: msgspec.Struct,
+    *,
+    modules: Sequence[str],
+    variant: str,
+    cache_dir: str,
+    report: Report = report_nothing,
+) -> Path:
     """The folder of the converted model, which is made where there is none. Raises LoadFailed.
 
+    Its name tells the model, what is made of it, and by which versions. What other versions have made of the same is
+    deleted when there is a new one.
     model: the folder of the model itself. modules: the maker's name in this package, and what else its result depends
     on. variant: tells apart what is made of the same model. cache_dir: empty for "hfms" in the user's cache folder.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
-    root = Path(cache_dir or base).expanduser() / "openvino"
-    final = root / f"{_digest(model, modules)}-{variant}"
+    final = folder_of(model, modules, variant, cache_dir)
+    root = final.parent
     if not final.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(root)
         made = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
         try:
-            _run(modules[0], job, made)
+            _run(modules[0], job, made, report)
             # Complete or not there; whoever was faster made the same.
             if not final.is_dir():
                 made.rename(final)
+            for old in root.glob(f"{final.name.rpartition('-')[0]}-*"):
+                if old != final:
+                    log.info("deleting what other versions have made of this model")
+                    shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return final
+
+
+def folder_of(model: Path, modules: Sequence[str], variant: str, cache_dir: str) -> Path:
+    """Where a conversion is, once it is made; as for `converted`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
+    root = Path(cache_dir or base).expanduser() / "openvino"
+    return root / f"{_digest_of_model(model)}-{variant}-{_digest_of_makers(modules)}"
+
+
+def quality_of(folder: Path) -> Quality | None:
+    """What quantisation has cost the model in a conversion's folder; None where nobody has measured."""
+    try:
+        return msgspec.json.decode((folder / QUALITY).read_bytes(), type=Quality)
+    except FileNotFoundError:
+        return None
 
 
 def _remove_abandoned(root: Path) -> None:
@@ -62,19 +98,25 @@ def _remove_abandoned(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _digest(model: Path, modules: Sequence[str]) -> str:
-    """Names a conversion by all that it depends on: the model's files, what reads them, and the versions of both."""
-    digest = hashlib.sha256()
-    for package in ("openvino", "transformers", "torch"):
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    code = [Path(__file__).with_name(f"{name}.py") for name in modules]
-    for file in [*code, *sorted(p for p in model.rglob("*") if p.is_file())]:
+def _digest_of_model(folder: Path) -> str:
+    return _digest(sorted(p for p in folder.rglob("*") if p.is_file()))
+
+
+def _digest_of_makers(modules: Sequence[str]) -> str:
+    """Names what a conversion depends on beside the model: the code, and the versions of what it uses."""
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
+    return _digest([Path(__file__).with_name(f"{name}.py") for name in modules], *versions)
+
+
+def _digest(files: Iterable[Path], *more: str) -> str:
+    digest = hashlib.sha256("\n".join(more).encode())
+    for file in files:
         with file.open("rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:32]
 
 
-def _run(maker: str, job: msgspec.Struct, out: Path) -> None:
+def _run(maker: str, job: msgspec.Struct, out: Path, report: Report) -> None:
     log.info("converting the model for openvino; this is done once")
     with subprocess.Popen(
         [sys.executable, "-P", "-m", f"{__package__}.{maker}", str(out)],
@@ -85,9 +127,15 @@ def _run(maker: str, job: msgspec.Struct, out: Path) -> None:
         assert child.stdout is not None
         child.stdin.write(msgspec.json.encode(job) + b"\n")
         child.stdin.flush()
-        said = child.stdout.read().decode(errors="replace").strip()
+        reason = ""
+        for line in child.stdout:
+            text = line.decode(errors="replace").strip()
+            if text.startswith(_PHASE):
+                report(text.removeprefix(_PHASE))
+            else:
+                reason = text or reason
     if child.returncode:
-        reason = said.splitlines()[-1] if said else f"its conversion ended with status {child.returncode}."
+        reason = reason or f"its conversion ended with status {child.returncode}."
         raise LoadFailed(f"openvino cannot take this model: {reason}")
 
 
@@ -104,6 +152,12 @@ def main(kind: type[Job], make: Callable[[Job, Path], None]) -> None:
     except Exception as exc:
         print(f"{type(exc).__name__}.")
         raise
+
+
+def begin(phase: str, text: str) -> None:
+    """Name what the maker's process does now: a word for whoever waits, and a line for the log."""
+    print(_PHASE + phase, flush=True)
+    say(text)
 
 
 def say(text: str) -> None:

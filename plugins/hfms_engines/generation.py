@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Task, setting
+from hfms_engines.machine import missing_packages
+from hfms_engines.memory import cache_bytes, torch_bytes
 
 if TYPE_CHECKING:
     from hfms_engines.slots import SlotScheduler
 
-# What a process with torch in it, and activations, take beside weights and cache.
-WORKING_BYTES = 512 * 2**20
 # A pause that a reader hardly sees.
 STALL_SECONDS = 0.2
-# Of the memory that is free when the weights are in, so much may go to keys and values.
-CACHE_SHARE = 0.25
 
 # fmt: off
 # Models with a state that is not keys and values. `load` finds out by itself; this is to say so before anything runs.
@@ -39,13 +36,21 @@ class GenerationOptions:
     """Text generation by torch and transformers."""
 
     max_batch: int = setting(16, "Sequences that run at once.", ge=1)
-    prefill_tokens: int = setting(512, "Prompt tokens that one step reads at most.", ge=1)
+    prefill_tokens: int = setting(
+        0,
+        "Prompt tokens that one step reads at most; 0: 128 on the CPU, where more is not faster, else 512.",
+        ge=0,
+    )
     stall_seconds: float = setting(
         STALL_SECONDS, "How long reading prompts may hold up answers that are under way, each step.", ge=0
     )
+    threads: int = setting(0, "Threads on the CPU; 0: one for each physical core.", ge=0)
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
     )
+
+    def prefill_on(self, device: Device) -> int:
+        return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
 
 
 class GenerationEngine:
@@ -53,22 +58,21 @@ class GenerationEngine:
 
     name = "transformers"
     tasks: tuple[Task, ...] = ("generate",)
+    packages = ("torch", "transformers")
 
     def __init__(self, options: GenerationOptions = GenerationOptions()) -> None:
         self.options = options
 
     def supports(self, card: ModelCard, device: Device) -> str | None:
         """None, or the reason why not."""
-        needed = ["torch", "transformers", *(["gguf", "accelerate"] if card.format == "gguf" else [])]
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if "generate" not in card.tasks:
             return f"{card.architecture or card.model_type} does not generate text"
         if card.format == "none":
             return "the model has no weights"
         if device.torch_device is None:
             return f"torch cannot use {device.id}"
-        if missing:
-            return f"{' and '.join(missing)} not installed; run: pip install 'hfms[transformers]'"
+        if missing := missing_packages(card, self.packages):
+            return f"{missing} not installed; run: pip install 'hfms[transformers]'"
         if card.model_type in _RECURRENT:
             return f"{card.model_type} keeps a recurrent state; this engine runs attention models"
         if card.format == "gguf" and card.model_type not in GGUF_ARCHITECTURES:
@@ -79,15 +83,16 @@ class GenerationEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        return weights_bytes(request) + cache_bytes(request, self.options.kv_cache_bytes) + WORKING_BYTES
+        held = torch_bytes(request)
+        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
 
     def load(self, request: LoadRequest) -> SlotScheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import torch_runner
         from hfms_engines.slots import SlotScheduler
 
-        cache = cache_bytes(request, self.options.kv_cache_bytes)
-        runner = torch_runner.load(request, cache_bytes=cache)
+        cache = cache_bytes(request, self.options.kv_cache_bytes, torch_bytes(request))
+        runner = torch_runner.load(request, cache_bytes=cache, threads=self.options.threads)
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
@@ -95,30 +100,13 @@ class GenerationEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
-            memory_bytes=runner.weights_bytes() + cache + WORKING_BYTES,
+            memory_bytes=self.estimate(request),
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+            weights_bytes=runner.weights_bytes(),
         )
         return SlotScheduler(
-            runner, info, prefill_tokens=self.options.prefill_tokens, stall_seconds=self.options.stall_seconds
+            runner,
+            info,
+            prefill_tokens=self.options.prefill_on(request.device),
+            stall_seconds=self.options.stall_seconds,
         )
-
-
-def weights_bytes(request: LoadRequest) -> int:
-    """Bytes of the weights once they are loaded, by the card alone."""
-    card = request.card
-    on_cpu = request.device.torch_device in (None, "cpu")
-    unpacked = card.format == "gguf"
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16" if unpacked else card.dtype
-    width = 4 if dtype == "float32" else 2
-    if card.parameters:
-        return card.parameters * width
-    # Unknown: files hold two bytes a parameter, or five bits of a GGUF.
-    return int(card.weights_bytes * width / (5 / 8 if unpacked else 4 if card.dtype == "float32" else 2))
-
-
-def cache_bytes(request: LoadRequest, asked: int) -> int:
-    """Bytes for keys and values: what the operator asked for, or a share of what the weights leave free."""
-    spare = request.device.free_bytes - weights_bytes(request) - WORKING_BYTES
-    return asked or max(0, int(spare * CACHE_SHARE))

@@ -40,6 +40,7 @@ class LlamaCppOptions:
         " short.",
         ge=0,
     )
+    threads: int = setting(0, "Threads; 0: one for each physical core.", ge=0)
     prefix_cache: bool = setting(
         False, "Read again only what is new in a prompt; of two words that are equally likely, either may then come."
     )
@@ -50,6 +51,7 @@ class LlamaCppEngine:
 
     name = "llama_cpp"
     tasks: tuple[Task, ...] = ("generate",)
+    packages = ("xllamacpp",)
 
     def __init__(self, options: LlamaCppOptions = LlamaCppOptions()) -> None:
         self.options = options
@@ -88,6 +90,7 @@ class LlamaCppEngine:
             prefill_tokens=self.options.prefill_tokens,
             prefix_cache=self.options.prefix_cache,
             memory_bytes=self.estimate(request),
+            threads=self.options.threads,
         )
 
 

@@ -31,7 +31,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import msgspec
-import psutil
 import xllamacpp
 
 from hfms_cli import (
@@ -48,6 +47,7 @@ from hfms_cli import (
 )
 from hfms_engines import limits
 from hfms_engines.line import Line
+from hfms_engines.machine import physical_cores
 from hfms_engines.text import StopStrings
 
 __all__ = ["LlamaCpp", "load"]
@@ -473,8 +473,12 @@ def load(
     prefill_tokens: int,
     prefix_cache: bool,
     memory_bytes: int,
+    threads: int = 0,
 ) -> LlamaCpp:
-    """Start llama.cpp with a model in it. Call it in the main thread. Raises LoadFailed."""
+    """Start llama.cpp with a model in it. Call it in the main thread. Raises LoadFailed.
+
+    threads: 0: one for each physical core.
+    """
     card = request.card
     if request.dtype != "auto":
         raise LoadFailed("llama.cpp runs a GGUF in the types that it holds; set [models] dtype to auto.")
@@ -497,7 +501,7 @@ def load(
     params.n_batch = max(prefill_tokens, max_batch, 2)  # a token of each slot fits, and the two of the warm-up
     params.n_ubatch = min(params.n_ubatch, params.n_batch)
     params.prefill_assistant = False  # the last message is over, whoever said it
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _cores()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or physical_cores()
     # llama.cpp takes the process's signals for itself.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -522,11 +526,6 @@ def load(
         max_batch=max_batch,
         memory_bytes=memory_bytes,
         chat=card.chat_template,
+        weights_bytes=card.weights_bytes,
     )
     return LlamaCpp(server, door, info, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
-
-
-def _cores() -> int:
-    """Cores that this process may use: a second thread on one core only takes its turn."""
-    cores = psutil.cpu_count(logical=False) or 1
-    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores

@@ -6,16 +6,18 @@ by what is in the model's files, so the next load only reads and compiles it.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, cast
 
-from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Task, setting
-from hfms_engines.conversion import converted
-from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS, WORKING_BYTES, cache_bytes, weights_bytes
+from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
+from hfms_engines.conversion import converted, folder_of, quality_of
+from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
+from hfms_engines.machine import missing_packages
+from hfms_engines.memory import cache_bytes, openvino_bytes
 
 if TYPE_CHECKING:
+    from hfms_engines.openvino_export import Made
     from hfms_engines.paged import PagedScheduler
 
 # fmt: off
@@ -27,12 +29,17 @@ FAMILIES = {
 # fmt: on
 
 
+_MAKERS = ["openvino_export", "quality"]
+
+
 @dataclass(frozen=True)
 class OpenVinoOptions:
     """Text generation by OpenVINO."""
 
     quantize: str = setting(
-        "auto", "Bits of the weights; auto: those of the model itself.", choices=("auto", "none", "int8")
+        "auto",
+        "Bits of the weights, where a load does not say; auto: those of the model itself.",
+        choices=("auto", "none", "int8", "int4"),
     )
     max_batch: int = setting(64, "Sequences that run at once.", ge=1)
     prefill_tokens: int = setting(256, "Prompt tokens that one step reads at most.", ge=1)
@@ -45,6 +52,7 @@ class OpenVinoOptions:
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of sequences; 0: a quarter of what the weights leave free.", ge=0
     )
+    threads: int = setting(0, "Threads; 0: one for each physical core.", ge=0)
     prefix_cache: str = setting(
         "key",
         "Keep what prompts begin with for those of the same key that begin alike, for those of all keys, or not.",
@@ -62,14 +70,14 @@ class OpenVinoEngine:
 
     name = "openvino"
     tasks: tuple[Task, ...] = ("generate",)
+    packages = ("openvino", "torch", "transformers")
+    quantizes: tuple[Quantize, ...] = ("int8", "int4")
 
     def __init__(self, options: OpenVinoOptions = OpenVinoOptions()) -> None:
         self.options = options
 
     def supports(self, card: ModelCard, device: Device) -> str | None:
         """None, or the reason why not."""
-        needed = ["openvino", "torch", "transformers", *(["gguf", "accelerate"] if card.format == "gguf" else [])]
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if "generate" not in card.tasks:
             return f"{card.architecture or card.model_type} does not generate text"
         if device.kind != "cpu":
@@ -78,8 +86,8 @@ class OpenVinoEngine:
             return "it has no safetensors and no GGUF"
         if card.model_type not in FAMILIES:
             return f"{card.model_type} is not among the models that it is tested with"
-        if missing:
-            return f"{' and '.join(missing)} not installed; run: pip install 'hfms[openvino]'"
+        if missing := missing_packages(card, self.packages):
+            return f"{missing} not installed; run: pip install 'hfms[openvino]'"
         if card.remote_code:
             return "the model has code of its own"
         if card.format == "gguf" and (card.model_type not in GGUF_ARCHITECTURES or len(card.weights) != 1):
@@ -88,18 +96,32 @@ class OpenVinoEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        return weights_bytes(request) + cache_bytes(request, self.options.kv_cache_bytes) + WORKING_BYTES
+        held = openvino_bytes(request, self._quantize(request))
+        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
+
+    def quality(self, folder: Path) -> dict[Quantize, Quality]:
+        """What quantisation has cost a model, for each that has been made of it."""
+        found = {
+            quantize: quality_of(folder_of(folder, _MAKERS, quantize, self.options.cache_dir))
+            for quantize in self.quantizes
+        }
+        return {quantize: quality for quantize, quality in found.items() if quality is not None}
 
     def load(self, request: LoadRequest) -> PagedScheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import openvino_runner
         from hfms_engines.paged import PagedScheduler
 
-        cache = cache_bytes(request, self.options.kv_cache_bytes)
-        folder = self._export(request)
+        quantize = self._quantize(request)
+        cache = cache_bytes(request, self.options.kv_cache_bytes, openvino_bytes(request, quantize))
+        folder = self._export(request, quantize)
         request.report("compile")
         runner = openvino_runner.load(
-            folder, dtype=request.dtype, cache_bytes=cache, share=self.options.prefix_cache != "off"
+            folder,
+            dtype=request.dtype,
+            cache_bytes=cache,
+            share=self.options.prefix_cache != "off",
+            threads=self.options.threads,
         )
         info = LoadedInfo(
             engine=self.name,
@@ -108,8 +130,11 @@ class OpenVinoEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
-            memory_bytes=weights_bytes(request) + cache + WORKING_BYTES,
+            memory_bytes=self.estimate(request),
             chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+            quantize=quantize,
+            quality=quality_of(folder),
+            weights_bytes=_read_bytes(folder, request.card, quantize, runner.precision),
         )
         return PagedScheduler(
             runner,
@@ -120,12 +145,29 @@ class OpenVinoEngine:
             share=self.options.prefix_cache == "all",
         )
 
-    def _export(self, request: LoadRequest) -> Path:
+    def _quantize(self, request: LoadRequest) -> Made:
+        """What the load asks for, else what the options say."""
+        asked = (q for q in (request.quantize, self.options.quantize) if q != "auto")
+        return cast("Made", next(asked, "none"))
+
+    def _export(self, request: LoadRequest, quantize: Made) -> Path:
         """The folder of the converted model, which is made where there is none."""
         from hfms_engines.openvino_export import Job
 
-        quantize: Literal["none", "int8"] = "int8" if self.options.quantize == "int8" else "none"
-        job = Job(str(request.folder), request.card, request.device, quantize)
         return converted(
-            request.folder, job, modules=["openvino_export"], variant=quantize, cache_dir=self.options.cache_dir
+            request.folder,
+            Job(str(request.folder), request.card, request.device, quantize),
+            modules=_MAKERS,
+            variant=quantize,
+            cache_dir=self.options.cache_dir,
+            report=request.report,
         )
+
+
+def _read_bytes(folder: Path, card: ModelCard, quantize: Made, precision: str) -> int:
+    """Bytes of weights that a token reads: as they were made, or as they are laid out for the precision."""
+    from hfms_engines import openvino_export
+
+    if quantize != "none":
+        return openvino_export.weights_bytes(folder)
+    return card.parameters * (2 if precision == "bfloat16" else 4)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard
-from hfms_engines.conversion import main, say
+from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard, Quality
+from hfms_engines.conversion import QUALITY, begin, main, say
 
 MODEL = "openvino_model.xml"
 INPUTS = (
@@ -47,13 +48,17 @@ INPUTS = (
 )
 """All inputs but the caches, of which each layer has two."""
 
+# Of weights in four bits, so many in a row share a scale and a zero, the first that divides a row.
+_GROUPS = (64, 32)
+
 # Smaller weights are left as they are: it would save nothing.
 _SMALL = 2**10
 
-# Tokens that a new model is compared with the old one on.
+# Tokens that a new model is compared with the old one on, and how far its logits may be from the old one's.
 _PROOF = 96
+_MOST_ERROR = {"none": 0.01, "int8": 0.5, "int4": 0.8}
 
-Quantize = Literal["none", "int8"]
+Made = Literal["none", "int8", "int4"]
 
 
 class Job(msgspec.Struct):
@@ -62,7 +67,7 @@ class Job(msgspec.Struct):
     folder: str
     card: ModelCard
     device: Device
-    quantize: Quantize
+    quantize: Made
 
 
 class Layer(msgspec.Struct, array_like=True):
@@ -105,6 +110,11 @@ def read(core: Any, folder: Path) -> Any:
         )
     model.validate_nodes_and_infer_types()
     return model
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of an export's weights."""
+    return (folder / MODEL).with_suffix(".bin").stat().st_size
 
 
 def _name(layer: int) -> str:
@@ -289,17 +299,71 @@ def _bias(product: Any) -> tuple[Any, Any] | None:
     return add, vector.get_data().reshape(-1)
 
 
-def quantize(model: Any) -> None:
-    """Store the weights of matrix products and embeddings in eight bits, with a scale for each row of the output."""
+def quantize(model: Any, bits: Literal["int8", "int4"], vocabulary: int) -> None:
+    """Store the weights of matrix products and embeddings in few bits.
+
+    Eight: a scale for each row of the output. Four: a scale and a zero for each group in a row; embeddings and what
+    makes logits, which have a row for each word of the vocabulary, are kept in eight.
+    """
     for node, targets in _weights(model):
         axes = {_inner_axis(port) for port in targets}
-        if len(axes) != 1 or None in axes:
+        axis = axes.pop()
+        if axes or axis is None:
             continue
         weights = node.get_data()
-        scale = np.abs(weights).max(axis=axes.pop(), keepdims=True) / 127
-        scale[scale == 0] = 1
-        small = ops.convert(ops.constant(np.rint(weights / scale).astype(np.int8)), "f32")
-        _put(ops.multiply(small, ops.constant(scale.astype(np.float32))), targets)
+        rows, width = weights.shape[1 - axis], weights.shape[axis]
+        group = next((g for g in _GROUPS if width % g == 0), None)
+        looked_up = any(port.get_node().get_type_name() == "Gather" for port in targets)
+        if bits == "int8" or looked_up or rows == vocabulary or group is None:
+            _put(_eight_bits(weights, axis), targets)
+        else:
+            # OpenVINO takes groups within rows only.
+            _put_rows(_four_bits(weights if axis else weights.T, group), targets)
+
+
+def _eight_bits(weights: Any, axis: int) -> Any:
+    scale = np.abs(weights).max(axis=axis, keepdims=True) / 127
+    scale[scale == 0] = 1
+    small = ops.convert(ops.constant(np.rint(weights / scale).astype(np.int8)), "f32")
+    return ops.multiply(small, ops.constant(scale.astype(np.float32)))
+
+
+def _four_bits(weights: Any, group: int) -> Any:
+    """weights: [rows, width]; width is a multiple of `group`."""
+    rows, width = weights.shape
+    grouped = weights.reshape(rows, width // group, group)
+    # With zero in between, so that it is a whole number of steps away from both.
+    low = np.minimum(grouped.min(axis=2, keepdims=True), 0)
+    high = np.maximum(grouped.max(axis=2, keepdims=True), 0)
+    # Rounded as it is stored, before the weights are rounded to it.
+    scale = ((high - low) / 15).astype(np.float16).astype(np.float32)
+    scale[scale == 0] = 1
+    zero = np.clip(np.rint(-low / scale), 0, 15)
+    steps = np.clip(np.rint(grouped / scale + zero), 0, 15)
+    centred = ops.subtract(ops.convert(_nibbles(steps), "f32"), ops.convert(_nibbles(zero), "f32"))
+    scaled = ops.multiply(centred, ops.convert(ops.constant(scale.astype(np.float16)), "f32"))
+    return ops.reshape(scaled, ops.constant([rows, width], ov.Type.i32), False)
+
+
+def _nibbles(values: Any) -> Any:
+    """A constant of whole numbers from 0 to 15, two in a byte, the first in the lower half."""
+    flat = np.append(values.astype(np.uint8), np.zeros(values.size % 2, np.uint8))
+    # Made empty first: of an array it would keep no copy.
+    packed = ov.Tensor(ov.Type.u4, ov.Shape(values.shape))
+    packed.data[:] = flat[0::2] | flat[1::2] << 4
+    return ov.op.Constant(packed)
+
+
+def _put_rows(node: Any, targets: list[Any]) -> None:
+    """Put weights in place that lie in rows of the output, also where a product had them the other way round."""
+    for port in targets:
+        product = port.get_node()
+        how = product.get_attributes()
+        if how["transpose_b"]:
+            _put(node, [port])
+        else:
+            turned = ops.matmul(product.input_value(0), node, how["transpose_a"], True)
+            product.output(0).replace(turned.output(0))
 
 
 def shrink(model: Any) -> None:
@@ -354,29 +418,39 @@ def make(job: Job, out: Path) -> None:
     """Raises LoadFailed, UnsafeFormat and DoesNotFit, and whatever OpenVINO raises."""
     from hfms_engines import torch_runner
 
-    say("reading the model with transformers")
+    begin("read", "reading the model with transformers")
     request = LoadRequest(folder=Path(job.folder), card=job.card, device=job.device, dtype="float32")
     theirs = torch_runner.load(request, cache_bytes=2**62)
     _refuse(theirs.model.config)
     ids, expected = _try(theirs)
-    say("converting it")
+    attention = theirs.model.config._attn_implementation
+    begin("convert", "converting it")
     model, layers = convert(theirs.model)
     say(f"merged the products of {merge(model)} layers")
-    if job.quantize == "int8":
-        say("quantising it to eight bits")
-        quantize(model)
+    if job.quantize != "none":
+        begin("quantize", f"quantising it to {job.quantize}")
+        quantize(model, job.quantize, theirs.vocabulary)
     shrink(model)
     about = About(theirs.context_length, theirs.vocabulary, sorted(theirs.stop_ids), sorted(theirs.silent_ids), layers)
-    say("writing it")
+    begin("write", "writing it")
     # A GGUF's few bits are far coarser than what this rounds, and half the bytes to read make a step faster.
     ov.save_model(model, out / MODEL, compress_to_fp16=job.card.format == "gguf")
     (out / MODEL).with_suffix(".json").write_bytes(msgspec.json.encode(about))
     theirs.tokenizer.save_pretrained(out)
-    say("comparing it")
+    begin("compare", "comparing it")
     error, agree = _compare(out, ids, expected)
     say(f"its logits differ by {error:.2%}; it would choose the same token in {agree:.0%} of {_PROOF} places")
-    if not error < (0.01 if job.quantize == "none" else 0.5):
+    if not error < _MOST_ERROR[job.quantize]:
         raise LoadFailed(f"its logits differ by {error:.0%} from those of transformers.")
+    if job.quantize != "none":
+        begin("judge", "measuring what quantisation has cost")
+        theirs.model.set_attn_implementation(attention)  # which tracing has replaced
+        quality = _judge(theirs, out)
+        (out / QUALITY).write_bytes(msgspec.json.encode(quality))
+        say(
+            f"on a text of {quality.tokens} tokens its perplexity is {quality.perplexity:.2f}, and"
+            f" {quality.perplexity_before:.2f} before; {quality.agreement:.1%} of its first choices are the same"
+        )
 
 
 def _refuse(config: Any) -> None:
@@ -415,6 +489,26 @@ def _compare(out: Path, ids: list[int], expected: Any) -> tuple[float, float]:
         got[i], got[half + i] = pair
     error = float((got - expected).norm() / expected.norm())
     return error, float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
+def _judge(theirs: Any, out: Path) -> Quality:
+    """What was written against the model that it was made of."""
+    import torch
+
+    from hfms_engines import openvino_runner, quality
+
+    ours = openvino_runner.load(out, dtype="float32", cache_bytes=None, share=False)
+
+    def before(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return theirs.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+    def after(ids: Sequence[int]) -> torch.Tensor:
+        blocks = list(range(ours.blocks.needed(len(ids))))
+        return ours.forward([ids], starts=[0], tables=[blocks], tails=[len(ids)])
+
+    window = min(quality.WINDOW, ours.context_length)
+    return quality.measure(theirs.tokenizer, before, after, window=window)
 
 
 if __name__ == "__main__":

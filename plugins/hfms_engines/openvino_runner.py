@@ -18,6 +18,7 @@ import transformers
 
 from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines.blocks import Blocks
+from hfms_engines.machine import physical_cores
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 
 __all__ = ["SHORT", "Runner", "load", "precision_of"]
@@ -133,10 +134,11 @@ def precision_of(core: Any, dtype: str) -> str:
     return "bfloat16" if fast and dtype != "float32" else "float32"
 
 
-def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool) -> Runner:
+def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool, threads: int = 0) -> Runner:
     """Compile the model in an export's folder for this machine's CPU.
 
     dtype: "auto", "float32" or "bfloat16". cache_bytes: for keys and values; None: a few blocks.
+    threads: 0: one for each physical core.
     Raises LoadFailed and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
@@ -149,7 +151,12 @@ def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool) -> R
         compiled = core.compile_model(
             model,
             "CPU",
-            {"INFERENCE_PRECISION_HINT": short, "KV_CACHE_PRECISION": short, "PERFORMANCE_HINT": "LATENCY"},
+            {
+                "INFERENCE_PRECISION_HINT": short,
+                "KV_CACHE_PRECISION": short,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": threads or physical_cores(),
+            },
         )
     except RuntimeError as exc:
         raise LoadFailed("openvino cannot compile this model.") from exc

@@ -32,6 +32,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from hfms_cli import ConfigError, DoesNotFit, LoadFailed, LoadRequest, UnsafeFormat
+from hfms_engines.machine import physical_cores
 
 __all__ = ["Runner", "SlotCache", "load"]
 
@@ -347,13 +348,15 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def load(request: LoadRequest, *, cache_bytes: int) -> Runner:
+def load(request: LoadRequest, *, cache_bytes: int, threads: int = 0) -> Runner:
     """Load a model that keeps its state in keys and values only.
 
-    cache_bytes: for keys and values of all running sequences. Raises LoadFailed, UnsafeFormat and DoesNotFit.
+    cache_bytes: for keys and values of all running sequences. threads: on the CPU; 0: one for each physical core.
+    Raises LoadFailed, UnsafeFormat and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads or physical_cores())
     _teach_masks()
     try:
         with _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext():

@@ -27,6 +27,7 @@ from hfms_cli import (
     NoChatTemplate,
     UnsafeFormat,
 )
+from hfms_engines import memory
 from hfms_engines.generation import GGUF_ARCHITECTURES, GenerationEngine, GenerationOptions
 from hfms_engines.slots import SlotScheduler
 
@@ -685,7 +686,7 @@ print(engine.estimate(LoadRequest(folder=Path("/nowhere"), card=card, device=cpu
 assert not {"torch", "transformers", "numpy"} & set(sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    weights, work = 134_515_008 * 4, 512 * 2**20
+    weights, work = 134_515_008 * 4, memory.TORCH_PROCESS + memory._build_bytes()
     assert int(out) == weights + work + (2**33 - weights - work) // 4
 
 
@@ -693,6 +694,7 @@ assert not {"torch", "transformers", "numpy"} & set(sys.modules)
     ("about", "dtype", "device", "weights"),
     [
         ({"parameters": 1000, "dtype": "bfloat16"}, "auto", "cpu", 4000),
+        ({"parameters": 1000, "dtype": "bfloat16"}, "bfloat16", "cpu", 3000),
         ({"parameters": 1000, "dtype": "bfloat16"}, "auto", "cuda:0", 2000),
         ({"parameters": 1000, "dtype": "float32"}, "auto", "cuda:0", 4000),
         ({"parameters": 1000, "dtype": "float32"}, "float16", "cuda:0", 2000),
@@ -714,7 +716,8 @@ def test_an_estimate_counts_weights_as_they_are_loaded(about, dtype, device, wei
     where = Device(id=device, kind="x", name="", total_bytes=0, free_bytes=0, torch_device=device)
     engine = GenerationEngine(GenerationOptions(kv_cache_bytes=7))
     request = LoadRequest(folder=Path(), card=ModelCard(**base | about), device=where, dtype=dtype)
-    assert engine.estimate(request) == weights + 7 + 512 * 2**20
+    rest = memory.TORCH_PROCESS + memory._build_bytes() if device == "cpu" else memory.ON_GPU
+    assert engine.estimate(request) == weights + 7 + rest
 
 
 @pytest.mark.parametrize(

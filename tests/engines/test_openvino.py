@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,12 +23,15 @@ from hfms_cli import (
     LoadRequest,
     ModelCard,
 )
+from hfms_engines.conversion import quality_of
 from hfms_engines.openvino import FAMILIES, OpenVinoEngine, OpenVinoOptions
 
 # Before torch and openvino, whose environment they set.
 pytest.importorskip("hfms_engines.torch_runner", exc_type=ImportError)
 pytest.importorskip("hfms_engines.openvino_export", exc_type=ImportError)
 
+import numpy as np
+import openvino
 import torch
 
 from hfms_engines import conversion, openvino_export, openvino_runner, torch_runner
@@ -54,7 +58,7 @@ def request(folder: Path, dtype: str = "float32") -> LoadRequest:
     return LoadRequest(folder=folder, card=card(folder), device=CPU, dtype=dtype)
 
 
-def converted(folder: Path, out: Path, quantize: openvino_export.Quantize = "none") -> Path:
+def converted(folder: Path, out: Path, quantize: openvino_export.Made = "none") -> Path:
     """What the process makes, made in this one."""
     out.mkdir()
     openvino_export.make(openvino_export.Job(str(folder), card(folder), CPU, quantize), out)
@@ -174,6 +178,56 @@ def test_eight_bit_weights_take_less_room_and_say_much_the_same(llama, export, t
     size = {f: (f / openvino_export.MODEL).with_suffix(".bin").stat().st_size for f in (small, export)}
     assert size[small] < 0.6 * size[export]
     assert "would choose the same token" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # whose products have their weights the other way round
+def test_four_bit_weights_take_the_least_room_and_lose_no_more_than_rounding_does(name, tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.ARCHITECTURES[name]())
+    half, quarter = (converted(folder, tmp_path / bits, bits) for bits in ("int8", "int4"))
+    size = {f: (f / openvino_export.MODEL).with_suffix(".bin").stat().st_size for f in (half, quarter)}
+    assert size[quarter] < size[half]
+    weights = np.random.default_rng(0).normal(size=(96, 64)).astype(np.float32)
+    model = openvino.Model([openvino_export._four_bits(weights, 32)], [])
+    rounded = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])[0]
+    step = (weights.max() - weights.min()) / 15
+    assert np.abs(rounded - weights).max() < 0.6 * step
+
+
+def test_what_quantisation_costs_is_measured_and_kept_beside_the_model(llama, export, tmp_path):
+    assert quality_of(export) is None
+    quality = quality_of(converted(llama, tmp_path / "small", "int8"))
+    assert quality.tokens == 2048
+    assert quality.agreement > 0.8
+    assert quality.perplexity == pytest.approx(quality.perplexity_before, rel=0.1)
+
+
+def test_a_load_may_ask_for_other_weights_than_the_options_say(llama, tmp_path):
+    engine = OpenVinoEngine(OpenVinoOptions(cache_dir=str(tmp_path), kv_cache_bytes=2**24, quantize="int8"))
+    phases = []
+    wish = dataclasses.replace(request(llama), quantize="none", report=lambda phase, done=None: phases.append(phase))
+    info = engine.load(wish).info
+    assert (info.quantize, info.quality) == ("none", None)
+    assert phases == ["read", "convert", "write", "compare", "compile"]
+    info = engine.load(request(llama)).info
+    assert info.quantize == "int8"
+    assert engine.quality(llama) == {"int8": info.quality}
+
+
+def test_what_other_versions_have_made_of_a_model_goes_when_there_is_a_new_one(llama, tmp_path):
+    root = tmp_path / "openvino"
+    model = conversion._digest_of_model(llama)
+    made = [f"{model}-none-old", f"{model}-int8-old", "other-none-old"]
+    for name in made:
+        (root / name).mkdir(parents=True)
+    OpenVinoEngine(OpenVinoOptions(cache_dir=str(tmp_path), kv_cache_bytes=2**24)).load(request(llama))
+    left = {folder.name for folder in root.iterdir()}
+    assert made[0] not in left
+    assert {made[1], made[2]} < left
+
+
+def test_threads_are_the_operators(export):
+    runner = openvino_runner.load(export, dtype="float32", cache_bytes=None, share=False, threads=1)
+    assert runner._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_positions_that_depend_on_the_length_are_refused(tmp_path):
