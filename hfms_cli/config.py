@@ -74,6 +74,18 @@ class ModelsConfig:
         env="DTYPE",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantize: str = setting(
+        "auto",
+        "Bits of weights; auto: as the engine's own options say.",
+        env="QUANTIZE",
+        choices=("auto", "none", "int8", "int4"),
+    )
+    profile: str = setting(
+        "auto",
+        "Which of the choices of `hfms models tune` to load a model by; auto: throughput, else latency.",
+        env="PROFILE",
+        choices=("auto", "latency", "throughput"),
+    )
     load_on_request: bool = setting(True, "Load a model that is on disk when a call asks for it.")
     load_seconds: float = setting(600.0, "Longest time that a load may take.", ge=1)
     allow_pickle: bool = setting(False, "Serve models that come only as pickles (read with weights_only).")

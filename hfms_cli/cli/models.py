@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from msgspec import to_builtins
 
-from hfms_cli.cli.client import Client, Refused, admin_key, local_url
-from hfms_cli.cli.options import AsJson, ConfigFile, ServerUrl
+from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_url
+from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
+from hfms_cli.cli.tune import tune
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
-from hfms_cli.types import Manifest, ModelCard, ModelName
+from hfms_cli.types import Manifest, ModelCard, ModelName, Quality
 
 if TYPE_CHECKING:
     from hfms_cli.models.router import Router
 
 T = TypeVar("T")
 
-app = typer.Typer(help="List, pull, load and remove models.", no_args_is_help=True)
+PHASE_SECONDS = 1.0
+"""How often a load is asked what it does."""
 
-Name = Annotated[
-    str, typer.Argument(metavar="MODEL", help="org/name[@revision], package:NAME, ipfs://CID, a folder or a GGUF file.")
-]
+app = typer.Typer(help="List, pull, load and remove models.", no_args_is_help=True)
 
 
 # On this disk.
@@ -44,7 +45,7 @@ def list_models(config: ConfigFile = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def pull(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None:
+def pull(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Fetch a model to this disk and check every byte."""
     wanted = _parsed(name)
     with pulling(str(wanted)) as progress:
@@ -56,11 +57,13 @@ def pull(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None
 
 
 @app.command()
-def show(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None:
+def show(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show what is known of a model; nothing is fetched."""
-    manifest, card = _run(_with(_router(config), lambda router: _look(router, _parsed(name))))
+    manifest, folder, card = _run(_with(_router(config), lambda router: _look(router, _parsed(name))))
+    quality = _quality(config, folder) if folder else {}
     if as_json:
-        print_json(_as_json(manifest) | {"files": _files(manifest), "card": _card(card) if card else None})
+        more = {"quality": {q: to_builtins(found) for q, found in quality.items()}}
+        print_json(_as_json(manifest) | {"files": _files(manifest), "card": _card(card) if card else None} | more)
         return
     facts: dict[str, Any] = {
         "model": manifest.name,
@@ -72,16 +75,24 @@ def show(name: Name, config: ConfigFile = None, as_json: AsJson = False) -> None
     }
     for fact, value in (facts | (_card(card) if card else {})).items():
         typer.echo(printable(f"{fact.replace('_', ' '):16}{', '.join(value) if isinstance(value, list) else value}"))
+    for quantize, found in quality.items():
+        typer.echo(
+            f"{quantize:16}perplexity {found.perplexity:.2f}, {found.perplexity_before:.2f} before; "
+            f"{found.agreement:.1%} of first choices are the same"
+        )
     typer.echo("files")
     for file in manifest.files:
         typer.echo(printable(f"  {file.path}  {human_bytes(file.size)}"))
 
 
 @app.command()
-def rm(name: Name, config: ConfigFile = None) -> None:
+def rm(name: ModelArgument, config: ConfigFile = None) -> None:
     """Delete a model from this disk."""
     manifest = _run(_with(_router(config), lambda router: router.remove(_parsed(name))))
     typer.echo(printable(f"deleted {manifest.name} ({human_bytes(manifest.size)}, {manifest.storage})"))
+
+
+app.command()(tune)
 
 
 def _router(config: Path | None) -> Router:
@@ -108,8 +119,20 @@ def _parsed(name: str) -> ModelName:
     return names.parse(name)
 
 
-async def _look(router: Router, name: ModelName) -> tuple[Manifest, ModelCard | None]:
-    """A model's manifest, and its card where its files are on this disk."""
+def _quality(config: Path | None, folder: Path) -> dict[str, Quality]:
+    """What quantisation has cost a model, as the engines in use have measured."""
+    settings = load_config(config)
+    plugins = discover(settings)
+    found: dict[str, Quality] = {}
+    for name in settings.order("engine"):
+        engine = plugins.create("engine", name, settings)
+        if hasattr(engine, "quality"):
+            found |= engine.quality(folder)
+    return found
+
+
+async def _look(router: Router, name: ModelName) -> tuple[Manifest, Path | None, ModelCard | None]:
+    """A model's manifest, and its folder and card where its files are on this disk."""
     from hfms_cli.models.inspect import inspect
     from hfms_cli.models.router import stands_for
 
@@ -117,11 +140,11 @@ async def _look(router: Router, name: ModelName) -> tuple[Manifest, ModelCard | 
     if manifest is None:
         manifest, _ = await router.find(name)
         if name.scheme != "path":
-            return manifest, None
+            return manifest, None, None
     # What is on the disk already is not fetched again: this only asks where it is.
     storage = next(s for s in router.storages if s.name == manifest.storage)
     folder = await storage.fetch(manifest, lambda done, total: None)
-    return manifest, inspect(folder, [f.path for f in manifest.files])
+    return manifest, folder, inspect(folder, [f.path for f in manifest.files])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -165,20 +188,27 @@ def ps(url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False
 
 @app.command()
 def load(
-    name: Name,
+    name: ModelArgument,
     hardware: Annotated[str | None, typer.Option(help="A kind of device (cuda) or one device (cuda:1).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
     replicas: Annotated[int | None, typer.Option(help="How many engine processes; calls go to the least busy.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Bits of the weights: auto, none, int8 or int4.")] = None,
     alias: Annotated[str | None, typer.Option(help="One more name for it.")] = None,
     url: ServerUrl = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Load a model into the running server, and wait until it can answer."""
-    wishes = {"hardware": hardware, "dtype": dtype, "replicas": replicas, "alias": alias}
+    wishes = {
+        "hardware": hardware,
+        "dtype": dtype,
+        "quantize": quantize,
+        "replicas": replicas,
+        "alias": alias,
+    }
     body = {"model": str(_parsed(name)), **{k: v for k, v in wishes.items() if v is not None}}
-    with _waiting(f"loading {name} ..."):
-        row = _run(_post(_client(url, config), "/models/load", body))
+    with _waiting(f"loading {name} ...") as show_phase:
+        row = _run(_load(_client(url, config), body, show_phase))
     if as_json:
         print_json(row)
         return
@@ -186,7 +216,7 @@ def load(
 
 
 @app.command()
-def unload(name: Name, url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
+def unload(name: ModelArgument, url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Take a model out of the running server; calls in flight may finish."""
     with _waiting(f"unloading {name} ..."):
         row = _run(_post(_client(url, config), "/models/unload", {"model": name}))
@@ -209,6 +239,27 @@ async def _served(client: Client) -> list[dict[str, Any]]:
         raise Refused(f"{client.url} does not list models as hfms does") from exc
 
 
+async def _load(client: Client, body: dict[str, Any], show_phase: Callable[[str], None] | None) -> dict[str, Any]:
+    """Load a model, and show what that does meanwhile."""
+    import asyncio
+
+    from hfms_cli.models import names
+
+    if show_phase is None:
+        return await _post(client, "/models/load", body)
+    load = asyncio.create_task(_post(client, "/models/load", body))
+    served_id = names.served_id(names.parse(body["model"]))
+    watcher = Client(client.url, client.key)
+    while not (await asyncio.wait([load], timeout=PHASE_SECONDS))[0]:
+        with suppress(Refused, Unreachable):  # the load itself tells what is wrong
+            rows = await _served(watcher)
+            status: dict[str, Any] = next((r["status"] for r in rows if r["id"] == served_id), {})
+            if phase := status.get("phase"):
+                progress = status.get("progress")
+                show_phase(f"{phase} {progress:.0%}" if progress is not None else str(phase))
+    return await load
+
+
 async def _post(client: Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
     async with client:
         answer = await client.post(path, body)
@@ -227,6 +278,8 @@ def _with_status(row: dict[str, Any]) -> dict[str, Any]:
 def _served_row(row: dict[str, Any]) -> list[str]:
     status = row["status"]
     state = str(status["value"])
+    if phase := status.get("phase"):
+        state += f" ({phase})"
     if (progress := status.get("progress")) is not None:
         state += f" {progress:.0%}"
     if reason := status.get("reason"):
@@ -244,10 +297,15 @@ def _served_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _waiting(text: str) -> AbstractContextManager[object]:
-    """Something that moves while a person waits; nothing where nobody watches."""
+@contextmanager
+def _waiting(text: str) -> Iterator[Callable[[str], None] | None]:
+    """Something that moves while a person waits, and takes what is being done; None where nobody watches."""
     out = console(stderr=True)
-    return out.status(printable(text)) if out.is_terminal else nullcontext()
+    if not out.is_terminal:
+        yield None
+        return
+    with out.status(printable(text)) as status:
+        yield lambda phase: status.update(printable(f"{text} {phase}"))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

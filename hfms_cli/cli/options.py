@@ -11,6 +11,9 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Settings to read, instead of $HFMS_CONFIG or ./hfms.toml."),
 ]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="org/name[@revision], package:NAME, ipfs://CID, a folder or a GGUF file.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ServerUrl = Annotated[
     str | None,

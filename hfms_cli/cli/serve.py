@@ -28,6 +28,10 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Processes that answer HTTP on this port.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Engine processes of each model.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Bits of weights: auto, none, int8 or int4.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="What `hfms models tune` was to find: auto, latency or throughput.")
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond loopback although no key is configured.")
     ] = None,
@@ -39,7 +43,13 @@ def serve(
 
     flags: dict[str, dict[str, Any]] = {
         "server": {"host": host, "port": port, "workers": workers, "insecure": insecure},
-        "models": {"serve": models or None, "dtype": dtype, "replicas": replicas},
+        "models": {
+            "serve": models or None,
+            "dtype": dtype,
+            "quantize": quantize,
+            "profile": profile,
+            "replicas": replicas,
+        },
         "log": {"level": log_level},
     }
     settings = load_config(config, flags=flags)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, cast
 
-import msgspec
 import structlog
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
@@ -17,7 +20,8 @@ from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress, Report, 
 from hfms_cli.models.inspect import inspect
 from hfms_cli.models.ledger import Ledger, Reservation, human
 from hfms_cli.models.router import Router
-from hfms_cli.types import Device, Manifest, ModelCard, ModelName
+from hfms_cli.models.tuned import Choice, Profile, TunedStore, fingerprint
+from hfms_cli.types import Device, Manifest, ModelCard, ModelName, Quantize
 
 log = structlog.get_logger("hfms.models")
 
@@ -30,6 +34,7 @@ class Wish:
     """A kind (`cuda`) or one device (`cuda:1`)."""
     engine: str | None = None
     dtype: str | None = None
+    quantize: Quantize | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Candidate:
     request: LoadRequest
     size: int
     """Bytes."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the engine, beside those of the configuration."""
+    tuned: Profile | None = None
+    """The profile for which `hfms models tune` found it the best."""
 
 
 @dataclass
@@ -72,6 +81,7 @@ class Loader:
         self._config = config
         self._engines = engines
         self._hardware = hardware
+        self.tuned = TunedStore(config.state_dir)
 
     async def place(
         self, name: ModelName, wishes: Sequence[Wish], progress: Progress, report: Report = report_nothing
@@ -83,7 +93,7 @@ class Loader:
         chosen: list[Candidate] = []
         placements = []
         for wish in wishes:
-            candidates = self._choose(folder, card, wish, chosen)
+            candidates = self._choose(manifest, folder, card, wish, chosen)
             chosen.append(candidates[0])
             placements.append(Placement(manifest, card, candidates))
         return placements
@@ -109,8 +119,7 @@ class Loader:
     async def _start(self, model: str, candidate: Candidate, report: Report) -> tuple[EngineHost, Reservation]:
         device = self._now(candidate.request.device)
         with self.ledger.reserved_if_loaded(device, candidate.size) as reservation:
-            options = self._host_options(candidate.engine)
-            host = await EngineHost.start(model, candidate.request, options, report)
+            host = await EngineHost.start(model, candidate.request, self._host_options(candidate), report)
             reservation.taken = lambda: host.held_bytes
             return host, reservation
 
@@ -130,7 +139,9 @@ class Loader:
                 "trust_remote_code = true."
             )
 
-    def _choose(self, folder: Path, card: ModelCard, wish: Wish, beside: Sequence[Candidate]) -> list[Candidate]:
+    def _choose(
+        self, manifest: Manifest, folder: Path, card: ModelCard, wish: Wish, beside: Sequence[Candidate]
+    ) -> list[Candidate]:
         """Every engine that supports the model on a device with room, in the operator's order of both.
 
         beside: the choices for the model's other replicas, which will take their room too. Of one kind of device,
@@ -144,51 +155,104 @@ class Loader:
         if not engines:
             there = ", ".join(e.name for e in self._engines)
             raise BadRequest(f"There is no engine `{wish.engine}` here; engines: {there}.", param="engine")
+        dtype, quantize = self.asked(wish)
         fitting: list[Candidate] = []
         too_large: list[Candidate] = []
         reasons = []
         for device in devices:
             taken = sum(c.size for c in beside if c.request.device.memory == device.memory)
-            device = msgspec.structs.replace(device, free_bytes=max(0, device.free_bytes - taken))
+            # Engines size their caches by what is free, which is without what others were promised.
+            device = replace(device, free_bytes=max(0, self.ledger.available(device) - taken))
             for engine in engines:
-                if reason := engine.supports(card, device):
+                if reason := _why_not(engine, card, device, quantize):
                     reasons.append(f"{engine.name} on {device.id}: {reason}")
                     continue
                 request = LoadRequest(
                     folder=folder,
                     card=card,
                     device=device,
-                    dtype=wish.dtype or self._config.models.dtype,
+                    dtype=dtype,
                     trust_remote_code=self._config.models.trust_remote_code,
+                    quantize=quantize,
                 )
                 candidate = Candidate(engine, request, engine.estimate(request))
-                (fitting if candidate.size <= self.ledger.available(device) else too_large).append(candidate)
+                (fitting if candidate.size <= device.free_bytes else too_large).append(candidate)
         if fitting:
             kinds = list(dict.fromkeys(d.kind for d in devices))
             held = Counter(c.request.device.id for c in beside)
-            return sorted(fitting, key=lambda c: (kinds.index(c.request.device.kind), held[c.request.device.id]))
+            fitting.sort(key=lambda c: (kinds.index(c.request.device.kind), held[c.request.device.id]))
+            best = self._best(manifest, fitting)
+            return fitting if best is None else [best, *fitting]
         if too_large and beside:
             needs, device = too_large[0].size, too_large[0].request.device
             raise DoesNotFit(
                 f"There is room for {len(beside)} replicas and not for more: the next one needs {human(needs)} on "
-                f"{device.id}, which would have {human(max(0, self.ledger.available(device)))} left.",
+                f"{device.id}, which would have {human(device.free_bytes)} left.",
                 param="replicas",
             )
         if too_large:  # everywhere: reserving says by how much
             return too_large[:1]
         raise LoadFailed(f"No engine here can run this model ({card.architecture}). " + "; ".join(reasons))
 
+    def _best(self, manifest: Manifest, fitting: Sequence[Candidate]) -> Candidate | None:
+        """What was found best by measuring, where it still holds and is nothing else than was asked for."""
+        wanted = cast("Profile | Literal['auto']", self._config.models.profile)
+        found = self.tuned.find(manifest, wanted, self.fingerprint())
+        if found is None:
+            return None
+        profile, choice = found
+        same = (c for c in fitting if (c.engine.name, c.request.device.kind) == (choice.engine, choice.device))
+        base = next(same, None)  # of several devices of the kind, the one with fewer replicas
+        if base is not None and choice.keeps_to(base.request.dtype, base.request.quantize):
+            best = dataclasses.replace(varied(base, choice), tuned=profile)
+            if best.size <= best.request.device.free_bytes:
+                log.info("tuned choice", model=str(manifest.name), profile=profile, **to_builtins(choice))
+                return best
+        log.info("tuned choice not used", model=str(manifest.name), profile=profile, **to_builtins(choice))
+        return None
+
+    def fingerprint(self) -> dict[str, str]:
+        """What measurements on this machine depend on."""
+        return fingerprint(self.devices(), self._engines)
+
+    def asked(self, wish: Wish) -> tuple[str, Quantize]:
+        """dtype and quantize: those of the wish, else the configuration's."""
+        models = self._config.models
+        return wish.dtype or models.dtype, wish.quantize or cast("Quantize", models.quantize)
+
+    def with_room(self, device: Device) -> Device:
+        """The device with what can be had of its memory now, promises to others kept."""
+        device = next((d for d in self.devices() if d.id == device.id), device)
+        return replace(device, free_bytes=max(0, self.ledger.available(device)))
+
     def _now(self, device: Device) -> Device:
         return next((d for d in self.devices() if d.id == device.id), device)
 
-    def _host_options(self, engine: Engine) -> HostOptions:
-        config = self._config
+    def set_options(self, engine: str) -> dict[str, Any]:
+        """The options of an engine that the operator has set."""
+        return self._config.options.get(("engine", engine), {})
+
+    def _host_options(self, candidate: Candidate) -> HostOptions:
+        config, engine = self._config, candidate.engine.name
         return HostOptions(
-            engine=engine.name,
-            engine_options=config.options.get(("engine", engine.name), {}),
+            engine=engine,
+            engine_options={**candidate.options, **self.set_options(engine)},
             config_file=config.file,
             disabled_plugins=config.plugins.disabled,
             max_calls=config.engine.max_calls,
             heartbeat_seconds=config.engine.heartbeat_seconds,
             load_seconds=config.models.load_seconds,
         )
+
+
+def varied(base: Candidate, choice: Choice) -> Candidate:
+    """A candidate run by the precisions and options of a choice."""
+    request = dataclasses.replace(base.request, dtype=choice.dtype, quantize=choice.quantize)
+    return dataclasses.replace(base, request=request, size=base.engine.estimate(request), options=choice.options)
+
+
+def _why_not(engine: Engine, card: ModelCard, device: Device, quantize: Quantize) -> str | None:
+    """Why an engine does not take a model, or None."""
+    if quantize in ("int8", "int4") and quantize not in getattr(engine, "quantizes", ()):
+        return f"it cannot make {quantize} weights"
+    return engine.supports(card, device)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import structlog
+from msgspec import to_builtins
 
 from hfms_cli.engines.host import EngineHost
 from hfms_cli.errors import HfmsError, LoadFailed, Unavailable
 from hfms_cli.models.ledger import Reservation
 from hfms_cli.models.loader import Loader, Placement
 from hfms_cli.models.phases import Phases
+from hfms_cli.types import LoadedInfo
 
 log = structlog.get_logger("hfms.models")
 
@@ -110,6 +112,7 @@ class Replica:
             seconds=round(self.load_seconds, 2),
             phases=self.phases.seconds(),
             pid=self._host.pid,
+            **self._precision(self._host.info),
         )
         if not self._first_load.done():
             self._first_load.set_result(None)
@@ -135,6 +138,12 @@ class Replica:
     def _named(self) -> dict[str, Any]:
         return {"model": self.model, "replica": self.number}
 
+    @staticmethod
+    def _precision(info: LoadedInfo) -> dict[str, Any]:
+        """What the model runs in, and what that has cost where it was measured."""
+        quality = {} if info.quality is None else {"quality": to_builtins(info.quality)}
+        return {"dtype": info.dtype, "quantize": info.quantize, **quality}
+
     async def close(self) -> None:
         """End the process, and keep it ended. All of its memory is free afterwards."""
         if self._task is not None:
@@ -153,7 +162,7 @@ class Replica:
             row |= {
                 "engine": host.info.engine,
                 "device": host.info.device,
-                "dtype": host.info.dtype,
+                **self._precision(host.info),
                 "tasks": list(host.info.tasks),
                 "context_length": host.info.context_length,
                 "pid": host.pid,
@@ -164,6 +173,8 @@ class Replica:
                 "load_seconds": round(self.load_seconds, 3),
                 "load_phases": self.phases.seconds(),
             }
+            if (profile := self.placement.candidates[0].tuned) is not None:
+                row["tuned"] = profile
         return row
 
 

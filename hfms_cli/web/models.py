@@ -68,10 +68,15 @@ async def unload(request: web.Request) -> web.StreamResponse:
 
 def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
     """One for each replica; none where the request says nothing of how the model is to run."""
-    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype)
+    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype, quantize=body.quantize)
     if isinstance(body.replicas, list):
         return tuple(
-            Wish(device=r.hardware or wish.device, engine=r.engine or wish.engine, dtype=r.dtype or wish.dtype)
+            Wish(
+                device=r.hardware or wish.device,
+                engine=r.engine or wish.engine,
+                dtype=r.dtype or wish.dtype,
+                quantize=r.quantize or wish.quantize,
+            )
             for r in body.replicas
         )
     if body.replicas is None and wish == NO_WISH:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import PRIORITIES, Call, Caller, Conversation, Sampling
+from hfms_cli.types import PRIORITIES, Call, Caller, Conversation, Quantize, Sampling
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -266,6 +266,7 @@ class ReplicaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     hardware: str | None = None
     engine: str | None = None
     dtype: DType | None = None
+    quantize: Quantize | None = None
 
 
 class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -275,6 +276,7 @@ class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     hardware: str | None = None
     engine: str | None = None
     dtype: DType | None = None
+    quantize: Quantize | None = None
     replicas: (
         Annotated[int, Meta(ge=1, le=MAX_REPLICAS)]
         | Annotated[list[ReplicaRequest], Meta(min_length=1, max_length=MAX_REPLICAS)]

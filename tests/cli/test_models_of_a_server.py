@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from hfms_cli.cli.client import local_url, server_root
+from hfms_cli.cli import models
+from hfms_cli.cli.client import Client, local_url, server_root
 from hfms_cli.config import ServerConfig
 from hfms_cli.errors import ConfigError
 
@@ -47,11 +51,18 @@ def test_ps_as_json_is_what_the_server_said(hfms, states):
 
 def test_load_sends_the_wishes_and_the_admin_key(hfms, server):
     server.replies["POST", "/models/load"] = (200, LOADED)
-    wishes = ["--hardware", "cpu", "--dtype", "float32", "--replicas", "2", "--alias", "mine"]
+    wishes = ["--hardware", "cpu", "--dtype", "float32", "--quantize", "int8", "--replicas", "2", "--alias", "mine"]
     keys = {"HFMS_API_KEY": "user", "HFMS_ADMIN_API_KEY": "admin"}
     done = hfms("models", "load", "org/name@main", *wishes, "--url", server.url, env=keys)
     assert (done.returncode, done.stdout) == (0, "org/name is loaded on cpu\n")
-    body = {"model": "org/name@main", "hardware": "cpu", "dtype": "float32", "replicas": 2, "alias": "mine"}
+    body = {
+        "model": "org/name@main",
+        "hardware": "cpu",
+        "dtype": "float32",
+        "quantize": "int8",
+        "replicas": 2,
+        "alias": "mine",
+    }
     assert server.asked == [("POST", "/models/load", body)]
     assert server.headers[-1]["Authorization"] == "Bearer admin"
 
@@ -158,3 +169,26 @@ def test_real_server_refuses_who_has_no_key(hfms, serving):
 
 def test_chat_talks_to_a_real_server(hfms, serving):
     assert hfms("chat", "hello there", "--url", serving()).stdout == "hello there\n"
+
+
+async def test_while_a_model_loads_the_phase_is_shown(monkeypatch):
+    asked = asyncio.Event()
+
+    async def states(request: web.Request) -> web.Response:
+        asked.set()
+        status = {"value": "loading", "phase": "convert", "progress": 0.5}
+        return web.json_response({"data": [{"id": "org/name", "status": status}]})
+
+    async def load(request: web.Request) -> web.Response:
+        await asked.wait()  # a load that is not done before somebody has asked how it goes
+        return web.json_response(LOADED)
+
+    monkeypatch.setattr(models, "PHASE_SECONDS", 0.01)
+    app = web.Application()
+    app.router.add_get("/models", states)
+    app.router.add_post("/models/load", load)
+    shown: list[str] = []
+    async with TestServer(app) as server:
+        row = await models._load(Client(str(server.make_url("/"))), {"model": "org/name"}, shown.append)
+    assert row["status"] == {"value": "loaded"}
+    assert set(shown) == {"convert 50%"}
