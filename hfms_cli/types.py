@@ -14,6 +14,7 @@ from msgspec import Struct
 __all__ = [
     "PRIORITIES",
     "Call",
+    "CallInput",
     "Caller",
     "Chunk",
     "Conversation",
@@ -23,6 +24,7 @@ __all__ = [
     "ModelCard",
     "ModelFile",
     "ModelName",
+    "Pair",
     "Probe",
     "Quality",
     "Quantize",
@@ -30,7 +32,7 @@ __all__ = [
     "Task",
 ]
 
-Task = Literal["generate", "embed"]
+Task = Literal["generate", "embed", "score"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 FinishReason = Literal["stop", "length"]
 
@@ -58,11 +60,18 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_eos: bool = False
 
 
-class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
     """A chat, before the model's own template turns it into a prompt."""
 
     messages: list[dict[str, Any]]
     template_kwargs: dict[str, Any] | None = None
+
+
+class Pair(Struct, frozen=True, tag=True):
+    """Two texts that a cross-encoder scores: how well the second answers the first."""
+
+    query: str
+    document: str
 
 
 class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -88,6 +97,10 @@ class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not self.allowed_models or any(fnmatchcase(n, glob) for n in names for glob in self.allowed_models)
 
 
+CallInput = str | list[int] | Conversation | Pair
+"""A text, its token ids, a chat, or (for the task `score` alone) a pair."""
+
+
 class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request on its way to an engine: every input, answered `n` times.
 
@@ -97,7 +110,7 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     model: str
     task: Task
-    inputs: list[str | list[int] | Conversation]
+    inputs: list[CallInput]
     sampling: Sampling = Sampling()
     n: int = 1
     dimensions: int | None = None
@@ -120,13 +133,14 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     """Set once an input, on the first chunk that is about it."""
     vector: bytes | None = None
     """An embedding: little-endian float32."""
+    score: float | None = None
     more: bool = False
     """What follows is here already: whoever sends this on may wait for it, and send both at once."""
 
     @property
     def begins(self) -> bool:
         """Whether it only says that an input has left the line and is being read."""
-        return not (self.tokens or self.text or self.finish_reason or self.vector)
+        return not (self.tokens or self.text or self.finish_reason or self.vector or self.score is not None)
 
 
 class ModelName(Struct, frozen=True):

@@ -7,7 +7,9 @@ to compare engines by.
 
 from __future__ import annotations
 
-from hfms_cli.types import Call, Chunk, Conversation
+import msgspec
+
+from hfms_cli.types import Call, CallInput, Chunk, Conversation, Pair
 
 CHARACTERS_A_TOKEN = 4
 
@@ -39,9 +41,11 @@ class Owed:
         return paid
 
 
-def _tokens_of(item: str | list[int] | Conversation) -> int:
+def _tokens_of(item: CallInput) -> int:
     if isinstance(item, list):
         return len(item)
+    if isinstance(item, Pair):
+        return sum(map(_tokens_of, msgspec.structs.astuple(item)))
     if isinstance(item, Conversation):
         return sum(_tokens_of(str(message.get("content") or "")) for message in item.messages)
     return 1 + len(item) // CHARACTERS_A_TOKEN

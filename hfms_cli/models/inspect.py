@@ -81,12 +81,20 @@ class _Config(_Text):
     model_type: str = ""
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
+    num_labels: int | None = None
+    id2label: dict[str, Any] | None = None
     text_config: _Text | None = None
     """Models of several modalities keep the words here."""
 
     @property
     def architecture(self) -> str:
         return self.architectures[0] if self.architectures else ""
+
+    @property
+    def scores(self) -> bool:
+        """A cross-encoder with a single score. transformers writes the labels and not their number."""
+        labels = len(self.id2label) if self.id2label is not None else self.num_labels
+        return self.architecture.endswith("ForSequenceClassification") and labels == 1
 
 
 class _Index(msgspec.Struct):
@@ -120,7 +128,7 @@ def inspect(folder: Path, files: Collection[str] = ()) -> ModelCard:
             format="none",
             model_type="echo",
             architecture=config.architecture,
-            tasks=("generate", "embed"),
+            tasks=("generate", "embed", "score"),
             weights_bytes=0,
         )
     if config is None and "adapter_config.json" in names:
@@ -203,6 +211,8 @@ def _safetensors(folder: Path, names: set[str], base: str, config: _Config, foun
 
 
 def _tasks(names: set[str], config: _Config) -> tuple[Task, ...]:
+    if config.scores and "1_Pooling/config.json" not in names:
+        return ("score",)
     if "modules.json" in names:
         return ("embed",)
     if config.architecture.endswith(GENERATES):

@@ -16,7 +16,7 @@ import msgspec
 from hfms_cli.errors import BadRequest, HfmsError
 from hfms_cli.hookspecs import Middleware, Proceed
 from hfms_cli.telemetry.metrics import Metrics
-from hfms_cli.types import Call, Caller, Chunk, LoadedInfo
+from hfms_cli.types import Call, Caller, Chunk, LoadedInfo, Task
 
 
 class Model(Protocol):
@@ -41,6 +41,14 @@ class Models(Protocol):
     def lease(self, name: str, caller: Caller) -> AbstractAsyncContextManager[Model]:
         """A model that stays while the block runs. Raises Forbidden, ModelNotFound, Unavailable and their kin."""
         ...
+
+
+ABILITIES: dict[Task, str] = {
+    "generate": "generate text",
+    "embed": "make embeddings",
+    "score": "score pairs of texts",
+}
+"""Tasks, as people are told of them."""
 
 
 class Road:
@@ -98,10 +106,10 @@ class Road:
     def _refuse_unfit(call: Call, model: Model) -> None:
         info = model.info
         if call.task not in info.tasks:
-            can = " and ".join({"generate": "generate text", "embed": "embed"}[t] for t in info.tasks)
-            wants = {"generate": "generate text", "embed": "make embeddings"}[call.task]
+            can = " and ".join(ABILITIES[task] for task in info.tasks)
             raise BadRequest(
-                f"The model `{model.id}` cannot {wants}; it can {can or 'do nothing here'}.", param="model"
+                f"The model `{model.id}` cannot {ABILITIES[call.task]}; it can {can or 'do nothing here'}.",
+                param="model",
             )
 
 

@@ -1,4 +1,4 @@
-"""The OpenAI routes: completions, chat completions, embeddings, models."""
+"""The OpenAI routes: completions, chat completions, embeddings, models; and rerank and score, which OpenAI has not."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ from aiohttp import web
 
 from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
-from hfms_cli.types import Call, Chunk
+from hfms_cli.types import Call, Chunk, LoadedInfo
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, SERVING, caller_of, log_of, respond
-from hfms_cli.web.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, lowered
+from hfms_cli.web.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+    StreamOptions,
+    lowered,
+)
 from hfms_cli.web.sse import EventStream
 
 log = structlog.get_logger("hfms.web")
 routes = web.RouteTableDef()
 calls = web.RouteTableDef()
 """Routes that take nothing but the road; every front answers them by itself."""
+
+Body = ChatRequest | CompletionRequest | EmbeddingRequest | RerankRequest | ScoreRequest
 
 
 @calls.post("/v1/chat/completions")
@@ -47,25 +57,63 @@ async def completions(request: web.Request) -> web.StreamResponse:
 @calls.post("/v1/embeddings")
 async def embeddings(request: web.Request) -> web.StreamResponse:
     body = parse(EmbeddingRequest, await request.read())
-    call = _call_of(request, body, "embd")
-    vectors: list[bytes] = [b""] * len(call.inputs)
+    chunks, usage = await _each(request, _call_of(request, body, "embd"))
+    encode = _as_base64 if body.encoding_format == "base64" else _as_floats
+    vectors = [encode(chunk.vector or b"") for chunk in chunks]
+    return respond(
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)],
+            "model": body.model,
+            "usage": usage,
+        }
+    )
+
+
+@calls.post("/v1/rerank")
+@calls.post("/rerank")
+async def rerank(request: web.Request) -> web.StreamResponse:
+    body = parse(RerankRequest, await request.read())
+    call = _call_of(request, body, "rerank")
+    chunks, usage = await _each(request, call)
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": c.score} for i, c in enumerate(chunks)]
+    results.sort(key=lambda result: result["relevance_score"], reverse=True)
+    if body.return_documents is not False:
+        texts = body.texts()
+        results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
+    return respond({"id": call.id, "model": body.model, "results": results[: body.top_n], "usage": usage})
+
+
+@calls.post("/v1/score")
+@calls.post("/score")
+async def score(request: web.Request) -> web.StreamResponse:
+    body = parse(ScoreRequest, await request.read())
+    call = _call_of(request, body, "score")
+    chunks, usage = await _each(request, call)
+    return respond(
+        {
+            "id": call.id,
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+            "data": [{"index": i, "object": "score", "score": c.score} for i, c in enumerate(chunks)],
+            "usage": usage,
+        }
+    )
+
+
+async def _each(request: web.Request, call: Call) -> tuple[list[Chunk], dict[str, int]]:
+    """What was said of each input, in the order of the inputs, and the usage."""
+    found: list[Chunk] = [Chunk()] * len(call.inputs)
     tokens = 0
     with _admitted(request, call):
         async with aclosing(_answer(request, call)) as chunks:
             async for chunk in chunks:
                 tokens += chunk.prompt_tokens
-                if chunk.vector is not None:
-                    vectors[chunk.index] = chunk.vector
+                if not chunk.begins:
+                    found[chunk.index] = chunk
     log_of(request)["prompt_tokens"] = tokens
-    encode = _as_base64 if body.encoding_format == "base64" else _as_floats
-    return respond(
-        {
-            "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": encode(v)} for i, v in enumerate(vectors)],
-            "model": body.model,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
-    )
+    return found, {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 @routes.get("/v1/models")
@@ -87,14 +135,15 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
     runtime, caller = request.app[RUNTIME], caller_of(request)
     found: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, created: int, root: str, length: int = 0) -> None:
+    def add(name: str, created: int, root: str, info: LoadedInfo | None = None) -> None:
         row = {"id": name, "object": "model", "created": created, "owned_by": "hfms", "root": root}
-        found.setdefault(name, row | ({"max_model_len": length} if length else {}))
+        known = {"max_model_len": info.context_length, "tasks": info.tasks} if info else {}
+        found.setdefault(name, row | known)
 
     for model in runtime.pool.models():
-        length = model.host.info.context_length if model.host else 0
+        info = model.host.info if model.host else None
         for name in (model.id, *sorted(model.aliases)):
-            add(name, model.created, model.id, length)
+            add(name, model.created, model.id, info)
     if runtime.config.models.load_on_request:
         for manifest in await runtime.router.list():
             name = names.served_id(manifest.name)
@@ -258,7 +307,7 @@ def _answer(request: web.Request, call: Call) -> AsyncGenerator[Chunk, None]:
     return request.app[SERVING].road.answer(call)
 
 
-def _call_of(request: web.Request, body: ChatRequest | CompletionRequest | EmbeddingRequest, prefix: str) -> Call:
+def _call_of(request: web.Request, body: Body, prefix: str) -> Call:
     """The call that a body asks for. `X-Priority` counts where the body says nothing of it."""
     caller = caller_of(request)
     call = body.call(f"{prefix}-{uuid.uuid4().hex}", caller)

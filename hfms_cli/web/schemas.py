@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import PRIORITIES, Call, Caller, Conversation, Quantize, Sampling
+from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -260,6 +260,54 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
 
+class Document(Struct, forbid_unknown_fields=True):
+    """A document, where it is not given as its text alone."""
+
+    text: str
+
+
+class RerankRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/rerank`, as Jina and Cohere have it."""
+
+    model: str
+    query: str
+    documents: Annotated[list[str | Document], Meta(min_length=1)]
+    top_n: Positive | None = None
+    return_documents: bool | None = None
+    user: str | None = None
+    priority: Priority | None = None
+
+    def texts(self) -> list[str]:
+        return [d if isinstance(d, str) else d.text for d in self.documents]
+
+    def call(self, call_id: str, caller: Caller) -> Call:
+        pairs: list[CallInput] = [Pair(self.query, text) for text in self.texts()]
+        return Call(id=call_id, model=self.model, task="score", inputs=pairs, caller=caller)
+
+
+class ScoreRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/score`, as vLLM has it: one text against each of many, or as many against as many."""
+
+    model: str
+    text_1: str | Annotated[list[str], Meta(min_length=1)]
+    text_2: str | Annotated[list[str], Meta(min_length=1)]
+    user: str | None = None
+    priority: Priority | None = None
+
+    def call(self, call_id: str, caller: Caller) -> Call:
+        first = [self.text_1] if isinstance(self.text_1, str) else self.text_1
+        second = [self.text_2] if isinstance(self.text_2, str) else self.text_2
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise BadRequest(
+                f"`text_1` has {len(first)} texts and `text_2` has {len(second)}; give one in `text_1`, or as many.",
+                param="text_1",
+            )
+        pairs: list[CallInput] = [Pair(one, other) for one, other in zip(first, second, strict=True)]
+        return Call(id=call_id, model=self.model, task="score", inputs=pairs, caller=caller)
+
+
 class ReplicaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """What one replica is to have of its own; the rest is that of the load."""
 
@@ -304,7 +352,7 @@ def lowered(asked: str | None, param: str, caller: Caller) -> int:
     return min(caller.priority, PRIORITIES.index(asked.lower()))
 
 
-def inputs_of(prompt: Prompt, param: str) -> list[str | list[int] | Conversation]:
+def inputs_of(prompt: Prompt, param: str) -> list[CallInput]:
     """One input or many: `"text"`, `["text", ...]`, `[1, 2, ...]`, `[[1, 2], ...]`."""
     if isinstance(prompt, str):
         return [prompt]

@@ -19,6 +19,7 @@ from typing import Literal
 from hfms_cli import (
     BadRequest,
     Call,
+    CallInput,
     Chunk,
     ContextLengthExceeded,
     Conversation,
@@ -29,6 +30,7 @@ from hfms_cli import (
     Manifest,
     ModelCard,
     ModelName,
+    Pair,
     Progress,
     Task,
     setting,
@@ -71,14 +73,23 @@ class Choice:
         return Chunk(index=self.index, text=word, tokens=1, finish_reason=finish, prompt_tokens=prompt)
 
 
-def words_of(item: str | list[int] | Conversation) -> list[str]:
+def words_of(item: CallInput) -> list[str]:
     """What the echo says to an input; each word is a token."""
+    if isinstance(item, Pair):
+        return [*words_of(item.query), *words_of(item.document)]
     if isinstance(item, Conversation):
         content = item.messages[-1].get("content")
         item = content if isinstance(content, str) else json.dumps(content)
     elif not isinstance(item, str):
         item = " ".join(map(str, item))
     return re.findall(r"\s*\S+\s*?|\s+", item) or [""]
+
+
+def likeness(item: CallInput) -> float:
+    """The score of a pair: the part of the query's words that are in the document."""
+    assert isinstance(item, Pair)
+    query = {*item.query.split()}
+    return len(query & {*item.document.split()}) / max(1, len(query))
 
 
 @dataclass
@@ -97,6 +108,11 @@ class EchoModel:
         for name in ("stop", "min_tokens", "logit_bias"):
             if getattr(sampling, name):
                 raise BadRequest(f"The echo engine does not support `{name}`.", param=name)
+        if call.task == "score":
+            for i, item in enumerate(call.inputs):
+                self.done.append((call.id, Chunk(index=i, prompt_tokens=len(words_of(item)), score=likeness(item))))
+            self.done.append((call.id, None))
+            return
         if call.task == "embed":
             for i, item in enumerate(call.inputs):
                 words = words_of(item)
@@ -154,7 +170,7 @@ class EchoEngine:
     """The engine `echo`: only the models that the storage `echo` makes."""
 
     name = "echo"
-    tasks: tuple[Task, ...] = ("generate", "embed")
+    tasks: tuple[Task, ...] = ("generate", "embed", "score")
 
     def __init__(self, options: EchoOptions) -> None:
         self.options = options
@@ -172,7 +188,7 @@ class EchoEngine:
             engine=self.name,
             device=request.device.id,
             dtype="none",
-            tasks=("generate", "embed"),
+            tasks=("generate", "embed", "score"),
             context_length=CONTEXT,
             max_batch=self.options.max_batch,
             memory_bytes=0,

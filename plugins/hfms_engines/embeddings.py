@@ -1,7 +1,7 @@
-"""Embeddings by torch, equal to sentence-transformers'; inputs of all calls share forward passes.
+"""Embeddings and scores of pairs, equal to sentence-transformers'; inputs of all calls share forward passes.
 
-The road of a call: `submit` tokenises and checks every input, `step` takes inputs of similar length from the calls in
-turn and runs them, and each vector goes out as soon as it is there.
+The road of a call: `submit` takes it, each `step` makes tokens of a slice of what has come, takes inputs of similar
+length from the calls in turn and runs them, and each vector or score goes out as soon as it is there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hfms_cli import (
     BadRequest,
     Call,
+    CallInput,
     Chunk,
     Device,
     DoesNotFit,
@@ -26,11 +27,12 @@ from hfms_cli import (
     LoadFailed,
     LoadRequest,
     ModelCard,
+    Pair,
     Task,
     UnsafeFormat,
     setting,
 )
-from hfms_engines.sentence_encoder import Encoder, Input
+from hfms_engines.sentence_encoder import Encoder, Input, Runner
 from hfms_engines.sentence_files import Recipe
 
 log = logging.getLogger(__name__)
@@ -40,17 +42,37 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 # batch takes while it passes through.
 PROCESS_BYTES = 640 * 2**20
 TOKEN_BYTES = 96 * 2**10
+# What is made into tokens between two forward passes: some milliseconds' work.
+SLICE_TEXTS = 256
+SLICE_CHARACTERS = 2**16
+# Models whose vectors or scores by OpenVINO are tested to be those by torch.
+TRACED = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
+
+Said = list[tuple[str, Chunk | HfmsError | None]]
 
 
 @dataclass(frozen=True)
 class EmbeddingsOptions:
     """Options of `[engine.embeddings]`."""
 
+    runner: str = setting(
+        "auto",
+        "What runs the model; auto: OpenVINO on CPUs where it is installed and can take the model, else torch.",
+        choices=("auto", "openvino", "torch"),
+    )
+    quantize: str = setting(
+        "none", "Bits of the weights, by OpenVINO; int8 takes less memory.", choices=("none", "int8")
+    )
     batch_size: int = setting(32, "Inputs in one forward pass.", ge=1, le=4096)
     batch_tokens: int = setting(
         0,
         "Tokens in one forward pass, padding included; 0: 2048 on the CPU, where more is not faster, else 8192.",
         ge=0,
+    )
+    cache_dir: str = setting(
+        "",
+        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
+        env="CACHE_DIR",
     )
 
     def tokens_on(self, device: Device) -> int:
@@ -61,7 +83,7 @@ class Embeddings:
     """The engine. `find` says whether a package is installed."""
 
     name = "embeddings"
-    tasks: tuple[Task, ...] = ("embed",)
+    tasks: tuple[Task, ...] = ("embed", "score")
 
     def __init__(
         self,
@@ -72,8 +94,8 @@ class Embeddings:
         self._find = find
 
     def supports(self, card: ModelCard, device: Device) -> str | None:
-        if "embed" not in card.tasks:
-            return "it makes no embeddings"
+        if not {*card.tasks} & {*self.tasks}:
+            return "it makes no embeddings and scores no pairs"
         if card.format not in ("safetensors", "pickle"):
             return f"its weights are {card.format}, and this engine reads safetensors"
         if device.torch_device is None:
@@ -90,9 +112,10 @@ class Embeddings:
     def load(self, request: LoadRequest) -> EmbeddingModel:
         import torch
 
-        recipe, dtype = Recipe.read(request.folder), _dtype(request)
+        task: Task = "score" if "score" in request.card.tasks else "embed"
+        recipe = Recipe.read(request.folder, task)
         try:
-            encoder = Encoder(recipe, request, dtype)
+            encoder = Encoder(recipe, request, self._load_runner(recipe, request))
         except HfmsError:
             raise
         except (MemoryError, torch.OutOfMemoryError) as exc:
@@ -105,8 +128,8 @@ class Embeddings:
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
-            dtype=dtype,
-            tasks=self.tasks,
+            dtype=encoder.precision,
+            tasks=(task,),
             context_length=encoder.max_length,
             max_batch=self._options.batch_size,
             memory_bytes=encoder.memory_bytes,
@@ -114,9 +137,40 @@ class Embeddings:
         )
         return EmbeddingModel(info, encoder, self._options.batch_size, self._options.tokens_on(request.device))
 
+    def _load_runner(self, recipe: Recipe, request: LoadRequest) -> Runner:
+        """OpenVINO where it can run the model, else torch; what was asked for by name is never replaced."""
+        options = self._options
+        quantize: Literal["none", "int8"] = "int8" if options.quantize == "int8" else "none"
+        reason = "[engine.embeddings] runner is torch"
+        if options.runner != "torch":
+            reason = self._why_not_openvino(request) or ""
+            try:
+                if not reason:
+                    from hfms_engines import sentence_openvino
+
+                    return sentence_openvino.load(request, quantize, options.cache_dir)
+            except LoadFailed as exc:
+                reason = exc.message
+        if options.runner == "openvino" or quantize != "none":
+            raise LoadFailed(f"OpenVINO does not run this model as [engine.embeddings] asks: {reason}")
+        if options.runner == "auto" and request.device.kind == "cpu":
+            log.warning("torch runs this model and not OpenVINO, which is faster: %s", reason)
+        from hfms_engines import sentence_torch
+
+        return sentence_torch.load(recipe, request, _dtype(request))
+
+    def _why_not_openvino(self, request: LoadRequest) -> str | None:
+        if request.device.kind != "cpu":
+            return "it is used on CPUs alone"
+        if self._find("openvino") is None:
+            return "it is not installed: pip install 'hfms[openvino]'"
+        if request.card.model_type not in TRACED:
+            return f"{request.card.model_type} is not among the models that are tested with it"
+        return "the model has code of its own" if request.card.remote_code else None
+
 
 def _dtype(request: LoadRequest) -> str:
-    """The precision that `auto` stands for: float32 on the CPU, the model's own elsewhere."""
+    """The precision that torch takes `auto` for: float32 on the CPU, the model's own elsewhere."""
     if request.dtype != "auto":
         return request.dtype
     own = request.card.dtype if request.card.dtype in WIDTH else "float32"
@@ -124,28 +178,31 @@ def _dtype(request: LoadRequest) -> str:
 
 
 class Job:
-    """A call and those of its inputs that are still to be done, shortest first."""
+    """A call and those of its inputs that are still to be done: unread ones in order, then tokens, shortest first."""
 
-    def __init__(self, call: Call, inputs: list[Input]) -> None:
+    def __init__(self, call: Call) -> None:
         self.id = call.id
         self.dimensions = call.dimensions
-        self.pending = sorted(inputs, key=len)
-        self._total = len(inputs)
+        self.unread: deque[tuple[int, CallInput]] = deque(enumerate(call.inputs))
+        self.pending: list[Input] = []
+        self.begun = False
 
     @property
-    def begun(self) -> bool:
-        return len(self.pending) < self._total
+    def done(self) -> bool:
+        return not self.unread and not self.pending
 
     def take(self, longest: int) -> Input | None:
         """The longest input of at most `longest` tokens; None where it would be more padding than text."""
         at = bisect_right(self.pending, longest, key=len) - 1
         if at < 0 or 2 * len(self.pending[at]) < longest:
             return None
+        self.begun = True
         return self.pending.pop(at)
 
 
 class EmbeddingModel:
-    """A loaded model. One step is one forward pass over inputs of similar length, one a call in turn."""
+    """A loaded model. One step is one slice of texts made into tokens, and one forward pass over inputs of similar
+    length; both take one input a call in turn."""
 
     def __init__(self, info: LoadedInfo, encoder: Encoder, batch_size: int, batch_tokens: int) -> None:
         self.info = info
@@ -155,14 +212,15 @@ class EmbeddingModel:
         self._jobs: dict[str, Job] = {}  # in the order in which they lead a step
 
     def submit(self, call: Call) -> None:
-        if call.task != "embed":
-            raise BadRequest(f"The model `{call.model}` makes embeddings and cannot generate text.", param="model")
+        if call.task not in self.info.tasks:
+            can = {"embed": "makes embeddings", "score": "scores pairs of texts"}[self.info.tasks[0]]
+            raise BadRequest(f"The model `{call.model}` {can} and does nothing else.", param="model")
         if not call.inputs:
-            raise BadRequest("There is nothing to embed: the list is empty.", param="input")
+            raise BadRequest("There is no input: the list is empty.", param="input")
         size = self.info.dimensions
         if call.dimensions is not None and not 1 <= call.dimensions <= size:
             raise BadRequest(f"dimensions is {call.dimensions}; this model's are 1 to {size}.", param="dimensions")
-        self._jobs[call.id] = Job(call, self._encoder.read(call.inputs))
+        self._jobs[call.id] = Job(call)
 
     def cancel(self, call_id: str) -> None:
         self._jobs.pop(call_id, None)
@@ -173,37 +231,81 @@ class EmbeddingModel:
     def waiting(self) -> int:
         return sum(not job.begun for job in self._jobs.values())
 
-    def step(self) -> list[tuple[str, Chunk | HfmsError | None]]:
-        if not self._jobs:
-            return []
-        batch = self._next_batch()
-        jobs = {job.id: job for job, _ in batch}
-        try:
-            vectors = self._encoder.encode([item for _, item in batch])
-            said: list[tuple[str, Chunk | HfmsError | None]] = [
-                (job.id, Chunk(item.index, vector=_packed(vector, job.dimensions), prompt_tokens=len(item)))
-                for (job, item), vector in zip(batch, vectors, strict=True)
-            ]
-            done = [job.id for job in jobs.values() if not job.pending]
-            said += [(id, None) for id in done]
-        except Exception:
-            log.exception("a batch of %d inputs failed", len(batch))
-            done = list(jobs)
-            said = [(id, EngineFault("The model failed on this batch of inputs; the log says why.")) for id in done]
-        for id in done:
-            del self._jobs[id]
-        return said
+    def step(self) -> Said:
+        return [*self._read_slice(), *self._run_batch()]
 
     def close(self) -> None:
         self._jobs.clear()
         del self._encoder
+
+    # --- texts into tokens ---
+
+    def _read_slice(self) -> Said:
+        """Make tokens of some texts, so that a call of thousands delays the others by no more than this."""
+        taken = self._next_slice()
+        if not taken:
+            return []
+        try:
+            read = self._encoder.read([given for _, given in taken])
+        except Exception:
+            log.exception("%d inputs could not be made into tokens", len(taken))
+            return self._end({job.id for job, _ in taken}, EngineFault("The tokenizer failed; the log says why."))
+        said: Said = []
+        for (job, _), found in zip(taken, read, strict=True):
+            if isinstance(found, Input):
+                job.pending.append(found)
+            elif job.id in self._jobs:
+                said += self._end({job.id}, found)
+        for job in {job.id: job for job, _ in taken}.values():
+            job.pending.sort(key=len)
+        return said
+
+    def _next_slice(self) -> list[tuple[Job, tuple[int, CallInput]]]:
+        turns = deque(job for job in self._jobs.values() if job.unread)
+        taken: list[tuple[Job, tuple[int, CallInput]]] = []
+        room = SLICE_CHARACTERS
+        while turns and room > 0 and len(taken) < SLICE_TEXTS:
+            job = turns.popleft()
+            index, item = job.unread.popleft()
+            taken.append((job, (index, item)))
+            room -= _characters(item)
+            if job.unread:
+                turns.append(job)
+        return taken
+
+    # --- tokens into vectors ---
+
+    def _run_batch(self) -> Said:
+        batch = self._next_batch()
+        if not batch:
+            return []
+        try:
+            made = self._encoder.encode([item for _, item in batch])
+        except Exception:
+            log.exception("a batch of %d inputs failed", len(batch))
+            fault = EngineFault("The model failed on this batch of inputs; the log says why.")
+            return self._end({job.id for job, _ in batch}, fault)
+        said: Said = [(job.id, self._chunk(job, item, one)) for (job, item), one in zip(batch, made, strict=True)]
+        return said + self._end({job.id for job, _ in batch if job.done}, None)
+
+    def _end(self, calls: set[str], how: HfmsError | None) -> Said:
+        for id in calls:
+            del self._jobs[id]
+        return [(id, how) for id in calls]
+
+    def _chunk(self, job: Job, item: Input, made: Any) -> Chunk:
+        if self.info.tasks == ("score",):
+            return Chunk(item.index, score=float(made), prompt_tokens=len(item))
+        return Chunk(item.index, vector=_packed(made, job.dimensions), prompt_tokens=len(item))
 
     def _next_batch(self) -> list[tuple[Job, Input]]:
         """Each call leads in turn: its longest input sets the length, then one input a call and round fills the rest.
 
         So a call of one input waits for at most as many steps as there are calls, however long their lists are.
         """
-        turns = deque(self._jobs.values())
+        turns = deque(job for job in self._jobs.values() if job.pending)
+        if not turns:
+            return []
         lead = turns[0]
         self._jobs[lead.id] = self._jobs.pop(lead.id)
         longest = len(lead.pending[-1])
@@ -216,6 +318,13 @@ class EmbeddingModel:
                 batch.append((job, item))
                 turns.append(job)
         return batch
+
+
+def _characters(item: CallInput) -> int:
+    """Roughly what it costs to make tokens of an input."""
+    if isinstance(item, Pair):
+        return len(item.query) + len(item.document)
+    return len(item) if isinstance(item, str) else 0
 
 
 def _packed(vector: Any, dimensions: int | None) -> bytes:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from hfms_cli import BadRequest, Call, ContextLengthExceeded, Conversation, NoChatTemplate, Sampling
+from hfms_cli import BadRequest, Call, ContextLengthExceeded, Conversation, NoChatTemplate, Pair, Sampling
 
 Entry = str | list[int] | Conversation
 """One input of a call."""
 
 
-def check_call(call: Call, vocabulary: int) -> None:
-    """Refuse what no prompt could make right. vocabulary: tokens that the model knows. Raises BadRequest."""
+def check_call(call: Call, vocabulary: int) -> list[Entry]:
+    """The inputs of a call, after what no prompt could make right was refused.
+
+    vocabulary: tokens that the model knows. Raises BadRequest.
+    """
     if call.task != "generate":
         raise BadRequest(f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model")
     sampling = call.sampling
@@ -17,6 +20,12 @@ def check_call(call: Call, vocabulary: int) -> None:
         raise BadRequest("`max_tokens` must be 1 or more.", param="max_tokens")
     for token in sampling.logit_bias or ():
         check_token(token, vocabulary, "logit_bias")
+    entries: list[Entry] = []
+    for entry in call.inputs:
+        if isinstance(entry, Pair):
+            raise BadRequest("A pair of texts is for models that score pairs.", param="model")
+        entries.append(entry)
+    return entries
 
 
 def check_token(token: int, vocabulary: int, param: str) -> None:

@@ -212,7 +212,7 @@ class LlamaCpp:
 
     def submit(self, call: Call) -> None:
         """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
-        limits.check_call(call, self._vocabulary)
+        entries = limits.check_call(call, self._vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
         for name, usual in REFUSED.items():
@@ -222,10 +222,10 @@ class LlamaCpp:
                     " model.",
                     param=name,
                 )
-        prompts = [_Prompt(self._tokens(entry)) for entry in call.inputs]
+        prompts = [_Prompt(self._tokens(entry)) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
-            for prompt, entry in zip(prompts, call.inputs, strict=True)
+            for prompt, entry in zip(prompts, entries, strict=True)
         ]
         who = call.caller.key_id or call.caller.address
         kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)

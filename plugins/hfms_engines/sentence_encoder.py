@@ -1,24 +1,58 @@
-"""A sentence-transformers model in torch: token ids in, vectors out."""
+"""A sentence-transformers model: texts into token ids, token ids into vectors or scores.
+
+What is here is the same whatever runs the transformer itself (`sentence_torch`, `sentence_openvino`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from hfms_cli import BadRequest, ContextLengthExceeded, LoadFailed, LoadRequest, UnsafeFormat
-from hfms_engines.sentence_files import DenseFile, HeadFile, Recipe, read_file
+from msgspec import Struct
+
+from hfms_cli import BadRequest, CallInput, ContextLengthExceeded, Conversation, LoadRequest, Pair, UnsafeFormat
+from hfms_engines.sentence_files import ACTIVATIONS, DenseFile, HeadFile, Recipe, activation, read_file
 
 Tensor = Any
 
 
+class About(Struct):
+    """What there is to know of a transformer without loading it."""
+
+    vocabulary: int
+    positions: int
+    """Tokens that its configuration speaks of; 0: it does not."""
+    learned_positions: int
+    """Tokens that it has learned a position for; 0: its positions are computed."""
+    causal: bool
+    takes_types: bool
+    """It wants to be told which text of a pair each token is of."""
+    memory_bytes: int
+
+
+class Runner(Protocol):
+    """Runs a transformer on a device."""
+
+    about: About
+    device: str
+    """As torch calls it: where the inputs have to be."""
+    precision: str
+
+    def __call__(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
+        """Inputs [batch, tokens], int64; states [batch, tokens, width], or a score's logits [batch, 1], float32."""
+        ...
+
+
 @dataclass(slots=True)
 class Input:
-    """One text of a call. The first `unpooled` tokens are read by the model and left out of the pooling."""
+    """One text or pair of a call. The first `unpooled` tokens are read by the model and left out of the pooling."""
 
     index: int
     ids: list[int]
     unpooled: int = 0
+    types: Sequence[int] = ()
+    """Which text of the pair each token is of."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,133 +96,134 @@ POOL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": _last,
 }
 
-# Encoder-decoders of which only the encoder is wanted, and its class in transformers.
-ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-
 
 class Encoder:
-    """The model itself: token ids in, vectors out."""
+    """The model itself, in two halves: `read` makes tokens of texts, `encode` makes vectors or scores of tokens."""
 
-    def __init__(self, recipe: Recipe, request: LoadRequest, dtype: str) -> None:
-        """Load the weights and run once. `dtype` is that of the transformer; all after it is float32."""
+    def __init__(self, recipe: Recipe, request: LoadRequest, runner: Runner) -> None:
+        """Load what is around the transformer, in float32, and run once."""
         self._recipe = recipe
         self._request = request
-        self._device = request.device.torch_device
-        self._tokenizer, self._model = self._load_transformer(dtype)
+        self._runner = runner
+        self._tokenizer = self._load_tokenizer()
         self._head = [self._load_head(kind, path) for kind, path in recipe.head]
-        self._modes = recipe.pooling or (("lasttoken",) if _is_causal(self._model.config) else ("mean",))
-        self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        self._activation = _activations()[recipe.activation]()
+        about = runner.about
+        self._modes = recipe.pooling or (("lasttoken",) if about.causal else ("mean",))
         pad = self._tokenizer.pad_token_id
-        self._pad = pad if pad is not None and pad < self._vocabulary else 0
+        self._pad = pad if pad is not None and pad < about.vocabulary else 0
         self._prompt_tokens = 0 if recipe.pool_prompt else self._length_of_prompt()
         self.max_length = self._longest()
         # The first pass shows now, and not to the first caller, whether the files fit each other.
-        self.dimensions = self.encode([Input(0, [0])]).shape[1]
-        modules = [self._model, *(step for step in self._head if hasattr(step, "parameters"))]
-        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        self.memory_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        first = self.encode([Input(0, [0], types=[0])])
+        self.dimensions = 0 if recipe.task == "score" else first.shape[1]
+        modules = [step for step in self._head if hasattr(step, "parameters")]
+        self.memory_bytes = about.memory_bytes + sum(
+            t.numel() * t.element_size() for m in modules for t in m.parameters()
+        )
 
-    def read(self, inputs: Sequence[object]) -> list[Input]:
-        """Tokenise, and refuse what is empty, too long or not a token. Raises BadRequest, ContextLengthExceeded."""
-        texts = [self._recipe.prompt + text for text in inputs if isinstance(text, str)]
-        ids_of = iter(self._tokenise(texts))
-        found = []
-        for index, given in enumerate(inputs):
-            if isinstance(given, str):
-                item = Input(index, next(ids_of), self._prompt_tokens)
-            elif isinstance(given, list):
-                item = Input(index, given)
+    @property
+    def precision(self) -> str:
+        return self._runner.precision
+
+    def read(self, given: Sequence[tuple[int, CallInput]]) -> list[Input | BadRequest]:
+        """Tokenise what may be of several calls: for each index and input what the model reads, or why it cannot."""
+        texts = [self._recipe.prompt + item for _, item in given if isinstance(item, str)]
+        pairs = [item for _, item in given if isinstance(item, Pair)]
+        of_texts = iter(self._tokenise(texts) if texts else ())
+        of_pairs = iter(self._tokenise([p.query for p in pairs], [p.document for p in pairs]) if pairs else ())
+        found: list[Input | BadRequest] = []
+        for index, item in given:
+            if isinstance(item, Pair) != (self._recipe.task == "score") or isinstance(item, Conversation):
+                what = "a pair of texts" if self._recipe.task == "score" else "a text or token ids"
+                found.append(BadRequest(f"Input {index} must be {what}.", param="input"))
+                continue
+            if isinstance(item, list):
+                made = Input(index, item)
+            elif isinstance(item, Pair):
+                ids, types = next(of_pairs)
+                made = Input(index, ids, types=types)
             else:
-                raise BadRequest(f"Input {index} is a conversation; embed a text or token ids.", param="input")
-            if len(item) <= item.unpooled:
-                raise BadRequest(f"Input {index} has no tokens.", param="input")
-            if len(item) > self.max_length:
-                raise ContextLengthExceeded(
-                    f"Input {index} has {len(item)} tokens, and this model takes at most {self.max_length}. "
-                    "Shorten or split it; nothing is cut here.",
-                    param="input",
-                )
-            if item.ids is given and not 0 <= min(given) <= max(given) < self._vocabulary:
-                raise BadRequest(f"Input {index} has a token id outside of 0 to {self._vocabulary - 1}.", param="input")
-            found.append(item)
+                ids, _ = next(of_texts)
+                made = Input(index, ids, self._prompt_tokens)
+            found.append(self._fault(made, item) or made)
         return found
 
     def encode(self, batch: Sequence[Input]) -> Tensor:
-        """Vectors of a batch, [len(batch), dimensions], float32, on the CPU.
+        """Vectors [len(batch), dimensions] or scores [len(batch)], float32, on the CPU.
 
         Padding is on the right whatever the tokenizer prefers, so that positions are those of the input alone.
         """
         import torch
 
+        def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+            tensors = [torch.tensor(row) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
+
         with torch.inference_mode():
-            rows = [torch.tensor(item.ids) for item in batch]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad).to(self._device)
-            at = torch.arange(ids.shape[1], device=self._device)
-            mask = at < torch.tensor([[len(item)] for item in batch], device=self._device)
-            states = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-            keep = mask & (at >= torch.tensor([[item.unpooled] for item in batch], device=self._device))
+            device = self._runner.device
+            ids = padded([item.ids for item in batch], self._pad)
+            types = padded([item.types for item in batch], 0) if self._runner.about.takes_types else None
+            at = torch.arange(ids.shape[1], device=device)
+            mask = at < torch.tensor([[len(item)] for item in batch], device=device)
+            states = self._runner(ids, mask.long(), types)
+            if self._recipe.task == "score":
+                return self._activation(states[:, 0]).cpu()
+            keep = mask & (at >= torch.tensor([[item.unpooled] for item in batch], device=device))
             vectors = torch.cat([POOL[mode](states, keep) for mode in self._modes], dim=-1)
             for step in self._head:
                 vectors = step(vectors)
             return vectors[:, : self._recipe.dimensions].cpu()
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
+    def _fault(self, made: Input, item: CallInput) -> BadRequest | None:
+        """Why an input cannot be taken: it is empty, too long, or has something that is not a token."""
+        if len(made) <= made.unpooled:
+            return BadRequest(f"Input {made.index} has no tokens.", param="input")
+        if len(made) > self.max_length:
+            return ContextLengthExceeded(
+                f"Input {made.index} has {len(made)} tokens, and this model takes at most {self.max_length}. "
+                "Shorten or split it; nothing is cut here.",
+                param="input",
+            )
+        words = self._runner.about.vocabulary
+        if made.ids is item and not 0 <= min(made.ids) <= max(made.ids) < words:
+            return BadRequest(f"Input {made.index} has a token id outside of 0 to {words - 1}.", param="input")
+        return None
+
+    def _tokenise(self, texts: list[str], seconds: list[str] | None = None) -> list[tuple[list[int], Sequence[int]]]:
+        """The ids of each text or pair, and the type of each token where the tokenizer tells it."""
         # Not cut, whatever the tokenizer's file says; not verbose, as it would warn of what is refused anyway.
         options = {"truncation": False, "padding": False, "return_attention_mask": False, "verbose": False}
-        ids: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
-        return ids
+        made = self._tokenizer(texts, seconds, **options)
+        types = made.get("token_type_ids") or [[0] * len(ids) for ids in made["input_ids"]]
+        return list(zip(made["input_ids"], types, strict=True))
 
     def _length_of_prompt(self) -> int:
         """Tokens of the prompt, without the special one that ends a text."""
-        ids = self._tokenise([self._recipe.prompt])[0] if self._recipe.prompt else []
+        ids = self._tokenise([self._recipe.prompt])[0][0] if self._recipe.prompt else []
         return len(ids) - (bool(ids) and ids[-1] in self._tokenizer.all_special_ids)
 
     def _longest(self) -> int:
         """The model's own limit, and never more than the positions that it learned."""
-        positions = getattr(self._model.config, "max_position_embeddings", None) or 0
+        about = self._runner.about
         limits = [self._recipe.max_length or self._tokenizer.model_max_length]
-        if positions > 0 and not self._recipe.max_length:
-            limits.append(positions)
-        for module in self._model.modules():
-            table: Any = getattr(module, "position_embeddings", None)
-            if hasattr(table, "num_embeddings"):
-                # RoBERTa and its kin count positions from behind the padding's.
-                padding = getattr(module, "padding_idx", None)
-                limits.append(table.num_embeddings - (0 if padding is None else padding + 1))
+        if about.positions and not self._recipe.max_length:
+            limits.append(about.positions)
+        if about.learned_positions:
+            limits.append(about.learned_positions)
         # A tokenizer without a limit says 1e30.
         return int(min(*limits, 2**31 - 1))
 
-    def _load_transformer(self, dtype: str) -> tuple[Any, Any]:
-        import torch
+    def _load_tokenizer(self) -> Any:
         import transformers
 
-        transformers.logging.disable_progress_bar()
         folder = self._request.folder / self._recipe.transformer
-        local = {"local_files_only": True, "trust_remote_code": self._request.trust_remote_code}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=self._request.trust_remote_code
+        )
         if self._recipe.lower_case:
             _lower_case(tokenizer)
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
-        config.use_cache = False
-        if getattr(config, "is_encoder_decoder", False) and config.model_type not in ENCODERS:
-            raise LoadFailed(f"Of encoder-decoders this engine runs {', '.join(ENCODERS)}, not {config.model_type}.")
-        cls = getattr(transformers, ENCODERS.get(config.model_type, "AutoModel"))
-        model, report = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype),
-            use_safetensors=self._request.card.format != "pickle",
-            weights_only=True,
-            output_loading_info=True,
-            **local,
-        )
-        # transformers fills in what is missing at random. BERT's pooler is not used by any pooling here.
-        missing = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
-        if missing:
-            raise LoadFailed(f"The model's weights lack {len(missing)} tensors, the first of them {missing[0]}.")
-        return tokenizer, model.eval().to(self._device)
+        return tokenizer
 
     def _load_head(self, kind: str, path: str) -> Any:
         """A step after the pooling, a function of [batch, width]; in float32."""
@@ -200,22 +235,11 @@ class Encoder:
                 read_file(self._request.folder, config, HeadFile)
             return lambda vectors: torch.nn.functional.normalize(vectors, dim=-1)
         dense = read_file(self._request.folder, config, DenseFile)
-        activations = {
-            "torch.nn.modules.activation.GELU": torch.nn.GELU,
-            "torch.nn.modules.activation.ReLU": torch.nn.ReLU,
-            "torch.nn.modules.activation.SiLU": torch.nn.SiLU,
-            "torch.nn.modules.activation.Sigmoid": torch.nn.Sigmoid,
-            "torch.nn.modules.activation.Tanh": torch.nn.Tanh,
-            "torch.nn.modules.linear.Identity": torch.nn.Identity,
-        }
-        if dense.activation_function not in activations:
-            raise LoadFailed(
-                f"The model's {config} names the activation `{dense.activation_function}`, not known here."
-            )
+        made = _activations()[activation(dense.activation_function)]()
         linear = torch.nn.Linear(dense.in_features, dense.out_features, bias=dense.bias)
         weights = self._load_tensors(path)
         linear.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
-        return torch.nn.Sequential(linear, activations[dense.activation_function]()).to(self._device)
+        return torch.nn.Sequential(linear, made).to(self._runner.device)
 
     def _load_tensors(self, path: str) -> dict[str, Tensor]:
         folder = self._request.folder / path
@@ -231,10 +255,10 @@ class Encoder:
         return dict(tensors)
 
 
-def _is_causal(config: Any) -> bool:
-    """What sentence-transformers asks of a model without files of its own: its last token has seen all others."""
-    names = config.architectures or [""]
-    return names[0].endswith("ForCausalLM") and getattr(config, "is_causal", True)
+def _activations() -> dict[str, Callable[[], Any]]:
+    import torch
+
+    return {name: getattr(torch.nn, name) for name in ACTIVATIONS}
 
 
 def _lower_case(tokenizer: Any) -> None:

@@ -1,8 +1,9 @@
-"""What a model's own sentence-transformers files say of how its vectors are made.
+"""What a model's own sentence-transformers files say of how its vectors or its scores are made.
 
-`modules.json` names a Transformer, a Pooling, and then any number of Dense and Normalize, each with its own folder.
-The files are data: a class is never imported by the name in a file. What is not known here is refused by name, because
-a vector of a half-understood model looks as good as a right one.
+`modules.json` names a Transformer, a Pooling, and then any number of Dense and Normalize, each with its own folder; a
+cross-encoder's has the Transformer alone, whose only output goes through an activation. The files are data: a class is
+never imported by the name in a file. What is not known here is refused by name, because a vector of a half-understood
+model looks as good as a right one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from hfms_cli import LoadFailed, ModelFile
+from hfms_cli import LoadFailed, ModelFile, Task
 
 T = TypeVar("T")
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """In the order in which old files' switches are joined."""
+
+ACTIVATIONS = ("GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh")
+"""Classes of torch.nn."""
 
 
 class ModuleFile(Struct):
@@ -66,6 +70,24 @@ class TransformerFile(Struct, frozen=True):
     config_args: HarmlessArgs = HarmlessArgs()
     config_kwargs: HarmlessArgs = HarmlessArgs()
     processing_kwargs: HarmlessArgs = HarmlessArgs()
+
+
+class ScoredFile(Struct, frozen=True, forbid_unknown_fields=True):
+    method: Literal["forward"] = "forward"
+    method_output_name: Literal["logits"] = "logits"
+
+
+class ScoredModalitiesFile(Struct, frozen=True):
+    text: ScoredFile = ScoredFile()
+    message: None = None
+
+
+class ScorerFile(TransformerFile, frozen=True):
+    """`sentence_bert_config.json` of a cross-encoder."""
+
+    transformer_task: Literal["sequence-classification"] = "sequence-classification"  # type: ignore[assignment]
+    module_output_name: Literal["scores"] = "scores"  # type: ignore[assignment]
+    modality_config: ScoredModalitiesFile = ScoredModalitiesFile()  # type: ignore[assignment]
 
 
 class PoolingFile(Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,7 +138,9 @@ class DenseFile(HeadFile, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class PromptsFile(Struct, frozen=True):
     """`config_sentence_transformers.json`."""
 
-    model_type: Literal["SentenceTransformer"] = "SentenceTransformer"
+    model_type: Literal["SentenceTransformer", "CrossEncoder"] = "SentenceTransformer"
+    activation_fn: str | None = None
+    """Of a cross-encoder."""
     prompts: dict[str, str | None] = {}
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
@@ -126,6 +150,17 @@ class PromptsFile(Struct, frozen=True):
         if name is not None and name not in {"query", "document", *self.prompts}:
             raise LoadFailed(f"The model's default prompt `{name}` is not among its prompts.")
         return (name is not None and self.prompts.get(name)) or ""
+
+
+class ActivationFile(Struct, frozen=True):
+    """What `config.json` holds of an activation: in `sentence_transformers`, or under its name of old."""
+
+    sentence_transformers: dict[str, Any] = {}
+    sbert_ce_default_activation_function: str | None = None
+
+    def name(self) -> str | None:
+        named = self.sentence_transformers.get("activation_fn", self.sbert_ce_default_activation_function)
+        return None if named is None else str(named)
 
 
 def read_file(folder: Path, name: str, kind: type[T]) -> T:
@@ -138,10 +173,19 @@ def read_file(folder: Path, name: str, kind: type[T]) -> T:
         raise LoadFailed(f"The model's {name} says what this engine does not know: {exc}") from exc
 
 
+def activation(name: str) -> str:
+    """The class of `ACTIVATIONS` that a file means by `torch.nn.modules.activation.Tanh` and its like."""
+    package, _, kind = name.rpartition(".")
+    if package.split(".")[:2] != ["torch", "nn"] or kind not in ACTIVATIONS:
+        raise LoadFailed(f"The model names the activation `{name}`, not known here.")
+    return kind
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the model's files say, checked, before anything heavy is loaded."""
 
+    task: Task = "embed"
     transformer: str = ""
     """Folder of the transformer, relative to the model's, as are those in `head`."""
     max_length: int | None = None
@@ -154,9 +198,16 @@ class Recipe:
     prompt: str = ""
     dimensions: int | None = None
     """Vectors are cut to so many, where the model says so itself."""
+    activation: str = "Identity"
+    """What a score goes through."""
 
     @classmethod
-    def read(cls, folder: Path) -> Recipe:
+    def read(cls, folder: Path, task: Task) -> Recipe:
+        """Raises LoadFailed where the files ask for something else than `task`, or for what is not known here."""
+        return cls._of_scores(folder) if task == "score" else cls._of_vectors(folder)
+
+    @classmethod
+    def _of_vectors(cls, folder: Path) -> Recipe:
         if not (folder / "modules.json").exists():
             return cls()
         modules = [_module(entry) for entry in read_file(folder, "modules.json", list[ModuleFile])]
@@ -167,16 +218,12 @@ class Recipe:
                 "then Dense and Normalize in any order."
             )
         (_, transformer), (_, pooling), *head = modules
-        # Its name was once that of the architecture: sentence_roberta_config.json.
-        named = sorted((folder / transformer).glob("sentence_*_config.json"))
-        reading = read_file(folder / transformer, named[0].name, TransformerFile) if named else TransformerFile()
+        reading = _reading(folder / transformer, TransformerFile)
         pooled = read_file(folder, f"{pooling}/config.json", PoolingFile)
         unknown = {*pooled.modes()} - {*POOLINGS}
         if unknown:
             raise LoadFailed(f"The model's pooling {sorted(unknown)} is not known; known: {', '.join(POOLINGS)}.")
-        settings = PromptsFile()
-        if (folder / "config_sentence_transformers.json").exists():
-            settings = read_file(folder, "config_sentence_transformers.json", PromptsFile)
+        settings = _settings(folder, "SentenceTransformer")
         return cls(
             transformer=transformer,
             max_length=reading.max_seq_length,
@@ -187,6 +234,47 @@ class Recipe:
             prompt=settings.default_prompt(),
             dimensions=settings.truncate_dim,
         )
+
+    @classmethod
+    def _of_scores(cls, folder: Path) -> Recipe:
+        modules = [("Transformer", "")]
+        if (folder / "modules.json").exists():
+            modules = [_module(entry) for entry in read_file(folder, "modules.json", list[ModuleFile])]
+        if [kind for kind, _ in modules] != ["Transformer"]:
+            kinds = " -> ".join(kind for kind, _ in modules)
+            raise LoadFailed(
+                f"The cross-encoder's modules are {kinds or 'none'}; this engine runs a Transformer alone."
+            )
+        transformer = modules[0][1]
+        reading = _reading(folder / transformer, ScorerFile)
+        settings = _settings(folder, "CrossEncoder")
+        if settings.default_prompt():
+            raise LoadFailed("The cross-encoder has a prompt, which this engine does not put before pairs.")
+        named = settings.activation_fn or read_file(folder / transformer, "config.json", ActivationFile).name()
+        return cls(
+            task="score",
+            transformer=transformer,
+            max_length=reading.max_seq_length,
+            lower_case=reading.do_lower_case,
+            activation=activation(named) if named else "Sigmoid",
+        )
+
+
+def _reading(folder: Path, kind: type[T]) -> T:
+    """How the transformer reads. The file's name was once that of the architecture: sentence_roberta_config.json."""
+    named = sorted(folder.glob("sentence_*_config.json"))
+    return read_file(folder, named[0].name, kind) if named else kind()
+
+
+def _settings(folder: Path, kind: str) -> PromptsFile:
+    """What `config_sentence_transformers.json` says, where there is one."""
+    name = "config_sentence_transformers.json"
+    if not (folder / name).exists():
+        return PromptsFile()
+    settings = read_file(folder, name, PromptsFile)
+    if settings.model_type != kind:
+        raise LoadFailed(f"The model's {name} says that it is a {settings.model_type}, and its config.json does not.")
+    return settings
 
 
 def _module(entry: ModuleFile) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -26,9 +27,11 @@ from hfms_cli import (
     Conversation,
     Device,
     EngineFault,
+    HfmsError,
     LoadFailed,
     LoadRequest,
     ModelCard,
+    Pair,
     UnsafeFormat,
 )
 from hfms_engines.embeddings import EmbeddingModel, Embeddings, EmbeddingsOptions
@@ -81,7 +84,7 @@ def card(folder: Path, **more) -> ModelCard:
 
 def load(folder: Path, *, about: dict | None = None, **options) -> EmbeddingModel:
     request = LoadRequest(folder=folder, card=card(folder, **about or {}), device=CPU)
-    return Embeddings(EmbeddingsOptions(**options)).load(request)
+    return Embeddings(EmbeddingsOptions(**{"runner": "torch"} | options)).load(request)
 
 
 def call(id: str, inputs: list, **more) -> Call:
@@ -95,6 +98,14 @@ def drain(model: EmbeddingModel) -> dict[str, list]:
         for id, what in model.step():
             said.setdefault(id, []).append(what)
     return said
+
+
+def refusal(model: EmbeddingModel, inputs: list, **more) -> HfmsError:
+    """What a call is answered with that cannot be taken; nothing of it stays."""
+    model.submit(call("refused", inputs, **more))
+    (error,) = [what for what in drain(model)["refused"] if not isinstance(what, Chunk)]
+    assert isinstance(error, HfmsError)
+    return error
 
 
 def vector(chunk: Chunk) -> np.ndarray:
@@ -330,8 +341,7 @@ def test_positions_behind_the_padding_are_counted_as_roberta_counts_them(tmp_pat
     assert model.info.context_length == 49
     texts = ["the " * 47, "a", "cat cat"]
     assert np.abs(embed(model, texts) - theirs(folder, texts)).max() < CLOSE
-    with pytest.raises(ContextLengthExceeded):
-        model.submit(call("long", ["the " * 48]))
+    assert isinstance(refusal(model, ["the " * 48]), ContextLengthExceeded)
 
 
 def test_of_t5_only_the_encoder_is_used(tmp_path):
@@ -403,15 +413,14 @@ def test_dimensions_that_the_model_does_not_have_are_refused(small, dimensions):
     assert not small.busy()
 
 
-def test_a_text_that_is_too_long_is_named_with_both_lengths_and_nothing_is_queued(small):
+def test_a_text_that_is_too_long_is_named_with_both_lengths(small):
     fits, long = "the " * 62, "the " * 63
     assert embed(small, [fits]).shape == (1, 32)
-    with pytest.raises(ContextLengthExceeded, match=r"Input 1 has 65 tokens.*at most 64") as caught:
-        small.submit(call("a", [fits, long]))
-    assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
-    with pytest.raises(ContextLengthExceeded, match="Input 0 has 65"):
-        small.submit(call("b", [[4] * 65]))
-    assert not small.busy()
+    error = refusal(small, [fits, long])
+    assert re.search(r"Input 1 has 65 tokens.*at most 64", error.message)
+    assert (error.param, error.code) == ("input", "context_length_exceeded")
+    assert isinstance(error, ContextLengthExceeded)
+    assert "Input 0 has 65" in refusal(small, [[4] * 65]).message
 
 
 def test_token_ids_are_used_as_they_are(small, plain):
@@ -427,15 +436,21 @@ def test_token_ids_are_used_as_they_are(small, plain):
         (["a", []], "Input 1 has no tokens"),
         ([[0, 112]], "outside of 0 to 111"),
         ([[-1]], "outside of 0 to 111"),
-        ([], "the list is empty"),
-        ([Conversation(messages=[{"role": "user", "content": "hi"}])], "conversation"),
+        ([Conversation(messages=[{"role": "user", "content": "hi"}])], "must be a text or token ids"),
+        ([Pair("the", "cat")], "must be a text or token ids"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(small, inputs, why):
-    assert small._encoder._vocabulary == 112
-    with pytest.raises(BadRequest, match=why) as caught:
-        small.submit(call("a", inputs))
-    assert caught.value.param == "input"
+    assert small._encoder._runner.about.vocabulary == 112
+    error = refusal(small, inputs)
+    assert isinstance(error, BadRequest)
+    assert why in error.message
+    assert error.param == "input"
+
+
+def test_an_empty_list_is_refused(small):
+    with pytest.raises(BadRequest, match="the list is empty"):
+        small.submit(call("a", []))
     assert not small.busy()
 
 
@@ -444,12 +459,11 @@ def test_an_empty_text_without_special_tokens_is_refused(tmp_path):
     words = tokenizer(specials=False)
     config = transformers.BertConfig(vocab_size=len(words), **SIZES)
     model = load(save(tmp_path, transformers.BertModel(config), words))
-    with pytest.raises(BadRequest, match="Input 1 has no tokens"):
-        model.submit(call("a", ["the", ""]))
+    assert "Input 1 has no tokens" in refusal(model, ["the", ""]).message
 
 
 def test_an_embedding_model_refuses_to_generate(small):
-    with pytest.raises(BadRequest, match="cannot generate"):
+    with pytest.raises(BadRequest, match="makes embeddings and does nothing else"):
         small.submit(call("a", ["once upon a time"], task="generate"))
 
 
@@ -492,12 +506,12 @@ def tiny_by_options(tiny):
     """A loaded model with these batch options, and the shapes [rows, tokens] of the forward passes it makes."""
     encoder = load(tiny)._encoder
     shapes: list[tuple[int, int]] = []
-    encoder._model.register_forward_pre_hook(
+    encoder._runner.module.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
 
     def make(size: int, tokens: int):
-        return EmbeddingModel(SimpleNamespace(dimensions=32), encoder, size, tokens), shapes
+        return EmbeddingModel(SimpleNamespace(dimensions=32, tasks=("embed",)), encoder, size, tokens), shapes
 
     return make
 
@@ -572,7 +586,7 @@ def test_a_failed_batch_ends_its_calls_and_no_others(tmp_path, caplog):
 def test_closing_lets_go_of_the_weights_and_of_the_calls(tiny):
     model = load(tiny)
     model.submit(call("a", ["the cat"]))
-    weights = weakref.ref(model._encoder._model)
+    weights = weakref.ref(model._encoder._runner.module.model)
     model.close()
     gc.collect()
     assert weights() is None

@@ -1,0 +1,151 @@
+"""The transformer of a sentence-transformers model in OpenVINO: made in a process of its own, and run.
+
+    python -m hfms_engines.sentence_openvino OUT < job
+
+job: the JSON of `Job`, on one line. OUT: an empty folder, which holds the model when this succeeds. See `conversion`
+for the process itself. The model is traced by OpenVINO's own front end, and compared with torch before it is kept.
+
+Imports openvino and torch: for worker processes only.
+"""
+
+# ruff: noqa: I001
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+# First: openvino is not to tell its makers that it ran.
+from hfms_engines.openvino_export import MODEL, quantize, shrink
+from hfms_engines.openvino_runner import SHORT, precision_of
+
+import msgspec
+import openvino as ov
+import torch
+import transformers
+
+from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard
+from hfms_engines import sentence_torch
+from hfms_engines.conversion import converted, main, say
+from hfms_engines.sentence_encoder import About
+from hfms_engines.sentence_files import Recipe
+
+Quantize = Literal["none", "int8"]
+
+# How far what was made may be from the model itself, in parts of it: in float32, and in eight bits.
+_EXACT, _COARSE = 1e-3, 0.2
+
+
+class Job(msgspec.Struct):
+    """What to make."""
+
+    folder: str
+    card: ModelCard
+    device: Device
+    quantize: Quantize
+
+
+class Runner:
+    """A compiled model."""
+
+    device = "cpu"
+
+    def __init__(self, compiled: Any, about: About, precision: str) -> None:
+        self.about = about
+        self.precision = precision
+        self._request = compiled.create_infer_request()
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
+        """What is returned is the caller's until the next pass."""
+        inputs = [ids, mask] if types is None else [ids, mask, types]
+        for i, tensor in enumerate(inputs):
+            self._request.set_input_tensor(i, ov.Tensor(tensor.numpy()))
+        self._request.infer()
+        return torch.from_numpy(self._request.get_output_tensor(0).data)
+
+
+def load(request: LoadRequest, quantize: Quantize, cache_dir: str) -> Runner:
+    """Compile the model for this machine's CPU, after it was made where there is none yet. Raises LoadFailed."""
+    core = ov.Core()
+    precision = precision_of(core, request.dtype)
+    job = Job(str(request.folder), request.card, request.device, quantize)
+    modules = ["sentence_openvino", "sentence_torch", "openvino_export"]
+    folder = converted(
+        request.folder,
+        job,
+        modules=modules,
+        variant=f"sentences-{quantize}",
+        cache_dir=cache_dir,
+        report=request.report,
+    )
+    return read(core, folder, precision)
+
+
+def read(core: Any, folder: Path, precision: str) -> Runner:
+    """The model in a conversion's folder, compiled. precision: "float32" or "bfloat16"."""
+    about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
+    how = {"INFERENCE_PRECISION_HINT": SHORT[precision], "PERFORMANCE_HINT": "LATENCY"}
+    try:
+        compiled = core.compile_model(folder / MODEL, "CPU", how)
+    except RuntimeError as exc:
+        raise LoadFailed("openvino cannot compile this model.") from exc
+    return Runner(compiled, about, precision)
+
+
+def make(job: Job, out: Path) -> None:
+    """Raises LoadFailed, and whatever transformers and OpenVINO raise."""
+    transformers.logging.set_verbosity_error()
+    say("reading the model with transformers")
+    request = LoadRequest(folder=Path(job.folder), card=job.card, device=job.device)
+    recipe = Recipe.read(request.folder, "score" if "score" in job.card.tasks else "embed")
+    theirs = sentence_torch.load(recipe, request, "float32")
+    say("converting it")
+    made = _trace(theirs)
+    if job.quantize == "int8":
+        say("quantising it to eight bits")
+        quantize(made, "int8", theirs.about.vocabulary)
+    shrink(made)
+    say("writing it")
+    ov.save_model(made, out / MODEL, compress_to_fp16=False)
+    (out / MODEL).with_suffix(".json").write_bytes(msgspec.json.encode(theirs.about))
+    error = _compare(theirs, read(ov.Core(), out, "float32"), recipe)
+    say(f"what it says differs by {error:.2%}")
+    if not error < (_EXACT if job.quantize == "none" else _COARSE):
+        raise LoadFailed(f"what it says differs by {error:.1%} from what transformers says.")
+
+
+def _trace(theirs: sentence_torch.Runner) -> Any:
+    """The OpenVINO model of a batch of any size and length."""
+    with torch.no_grad(), warnings.catch_warnings():
+        # Its sizes become constants of the model, as they should.
+        warnings.simplefilter("ignore")
+        return ov.convert_model(theirs.module, example_input=_example(theirs.about, rows=3, length=7))
+
+
+def _example(about: About, *, rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Ids, mask, and types where they are wanted; every other row is padded to half."""
+    ids = (torch.arange(rows * length).reshape(rows, length) * 7919 + 11) % about.vocabulary
+    mask = torch.ones_like(ids)
+    mask[1::2, (length + 1) // 2 :] = 0
+    types = torch.zeros_like(ids)
+    types[:, length // 3 :] = 1
+    return (ids, mask, types) if about.takes_types else (ids, mask)
+
+
+def _compare(theirs: sentence_torch.Runner, ours: Runner, recipe: Recipe) -> float:
+    """The largest difference between the two, in parts of what torch says; no batch has the size of the traced one."""
+    about = theirs.about
+    longest = min(n for n in (about.positions, about.learned_positions, 160) if n)
+    errors = []
+    for rows, length in ((1, 1), (5, min(33, longest)), (2, longest)):
+        example = _example(about, rows=rows, length=length)
+        with torch.inference_mode():
+            said = [run(*example, *([None] if len(example) == 2 else [])) for run in (theirs, ours)]
+        mine, yours = said if recipe.task == "score" else [states[example[1].bool()] for states in said]
+        errors.append(float((yours - mine).norm() / mine.norm()))
+    return max(errors)
+
+
+if __name__ == "__main__":
+    main(Job, make)
