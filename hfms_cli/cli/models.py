@@ -16,8 +16,9 @@ from hfms_cli.cli.output import console, human_bytes, print_json, print_table, p
 from hfms_cli.cli.progress import pulling
 from hfms_cli.cli.tune import tune
 from hfms_cli.config import load_config
+from hfms_cli.errors import HfmsError
 from hfms_cli.plugins import discover
-from hfms_cli.types import Manifest, ModelCard, ModelName, Quality
+from hfms_cli.types import Manifest, ModelCard, ModelName, Quality, Task
 
 if TYPE_CHECKING:
     from hfms_cli.models.router import Router
@@ -36,12 +37,14 @@ app = typer.Typer(help="List, pull, load and remove models.", no_args_is_help=Tr
 @app.command("list")
 def list_models(config: ConfigFile = None, as_json: AsJson = False) -> None:
     """List the models on this disk."""
-    found = _run(_with(_router(config), lambda router: router.list()))
+    found = _run(_with(_router(config), _listed))
     if as_json:
-        print_json([_as_json(m) for m in found])
+        print_json([_as_json(m) | {"tasks": tasks} for m, tasks in found])
         return
-    rows = [[str(m.name), m.storage, m.revision[:12], human_bytes(m.size)] for m in found]
-    print_table(["MODEL", "STORAGE", "REVISION", "SIZE"], rows)
+    rows = [
+        [str(m.name), m.storage, m.revision[:12], human_bytes(m.size), ", ".join(tasks) or "-"] for m, tasks in found
+    ]
+    print_table(["MODEL", "STORAGE", "REVISION", "SIZE", "TASKS"], rows)
 
 
 @app.command()
@@ -133,7 +136,6 @@ def _quality(config: Path | None, folder: Path) -> dict[str, Quality]:
 
 async def _look(router: Router, name: ModelName) -> tuple[Manifest, Path | None, ModelCard | None]:
     """A model's manifest, and its folder and card where its files are on this disk."""
-    from hfms_cli.models.inspect import inspect
     from hfms_cli.models.router import stands_for
 
     manifest = next((m for m in await router.list() if stands_for(name, m)), None)
@@ -141,10 +143,30 @@ async def _look(router: Router, name: ModelName) -> tuple[Manifest, Path | None,
         manifest, _ = await router.find(name)
         if name.scheme != "path":
             return manifest, None, None
+    return manifest, *await _read(router, manifest)
+
+
+async def _listed(router: Router) -> list[tuple[Manifest, tuple[Task, ...]]]:
+    """The models on this disk, and what each can do; nothing where its files cannot be read."""
+    found: list[tuple[Manifest, tuple[Task, ...]]] = []
+    for manifest in await router.list():
+        try:
+            _, card = await _read(router, manifest)
+        except HfmsError:
+            found.append((manifest, ()))
+        else:
+            found.append((manifest, card.tasks))
+    return found
+
+
+async def _read(router: Router, manifest: Manifest) -> tuple[Path, ModelCard]:
+    """The folder and the card of a model on this disk. Raises HfmsError."""
+    from hfms_cli.models.inspect import inspect
+
     # What is on the disk already is not fetched again: this only asks where it is.
     storage = next(s for s in router.storages if s.name == manifest.storage)
     folder = await storage.fetch(manifest, lambda done, total: None)
-    return manifest, folder, inspect(folder, [f.path for f in manifest.files])
+    return folder, inspect(folder, [f.path for f in manifest.files])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_pulled_model_is_listed_shown_and_deleted(hfms, index):
     (row,) = json.loads(hfms("models", "list", "--json", env=index).stdout)
     assert (row["storage"], row["revision"], row["size_bytes"]) == ("package", "1.0", SIZE)
     assert row["model"].startswith("package:tiny-model")
+    assert row["tasks"] == ["generate"]
 
     shown = json.loads(hfms("models", "show", "package:tiny-model", "--json", env=index).stdout)
     assert shown["card"]["architecture"] == "LlamaForCausalLM"
@@ -125,7 +126,7 @@ def test_table_of_models_has_a_row_each(hfms, index):
     for version in ("1.0", "1.1"):
         assert hfms("models", "pull", f"package:tiny-model@{version}", env=index).returncode == 0
     head, *rows = hfms("models", "list", env=index).stdout.splitlines()
-    assert head.split() == ["MODEL", "STORAGE", "REVISION", "SIZE"]
+    assert head.split() == ["MODEL", "STORAGE", "REVISION", "SIZE", "TASKS"]
     assert {row.split()[2] for row in rows} == {"1.0", "1.1"}
 
 

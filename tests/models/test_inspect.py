@@ -16,6 +16,7 @@ from hfms_cli.models.inspect import inspect
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
 BERT = {"model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512}
+CLASSIFIER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
 
 
 def write_config(folder, config=LLAMA, name="config.json"):
@@ -97,7 +98,10 @@ def test_shards_without_their_index_are_no_model(tmp_path):
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 1024}, ("generate",)),
         (BERT, ("embed",)),
         ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"]}, ("embed",)),
-        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, ()),
+        (CLASSIFIER, ()),
+        (CLASSIFIER | {"id2label": {"0": "relevant"}}, ("score",)),
+        (CLASSIFIER | {"num_labels": 1}, ("score",)),
+        (CLASSIFIER | {"id2label": {"0": "no", "1": "yes"}}, ()),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, ()),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, ()),
         ({"model_type": "llama"}, ()),
@@ -114,6 +118,15 @@ def test_a_sentence_transformers_model_embeds_whatever_its_architecture(llama):
     write_config(llama, {"max_seq_length": 128}, "sentence_bert_config.json")
     card = inspect(llama)
     assert (card.tasks, card.context_length) == (("embed",), 128)
+
+
+def test_a_model_with_a_pooling_embeds_although_it_was_once_a_classifier(tmp_path):
+    write_config(tmp_path, CLASSIFIER | {"num_labels": 1})
+    write_weights(tmp_path)
+    write_config(tmp_path, [{"type": "sentence_transformers.models.Transformer", "path": ""}], "modules.json")
+    assert inspect(tmp_path).tasks == ("score",)
+    write_config(tmp_path, {}, "1_Pooling/config.json")
+    assert inspect(tmp_path).tasks == ("embed",)
 
 
 def test_weights_in_an_old_transformer_folder_are_found(tmp_path):
@@ -142,7 +155,8 @@ def test_infinity_in_a_config_is_read_as_transformers_reads_it(llama):
 def test_the_echo_model_has_no_weights(tmp_path):
     write_config(tmp_path, {"model_type": "echo", "architectures": ["EchoModel"]})
     card = inspect(tmp_path)
-    assert (card.format, card.tasks, card.weights_bytes, card.weights) == ("none", ("generate", "embed"), 0, ())
+    assert (card.format, card.weights_bytes, card.weights) == ("none", 0, ())
+    assert card.tasks == ("generate", "embed", "score")
 
 
 def test_a_gguf_file_is_read_through_its_folder_and_by_its_own_path(tmp_path):

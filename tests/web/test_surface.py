@@ -172,6 +172,21 @@ async def test_models_lists_what_is_served_and_an_unknown_one_is_404_with_close_
         ("/v1/completions", {"model": "echo:a", "prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
         ("/v1/embeddings", {"model": "echo:a", "input": {"a": 1}}, "input", "invalid_value"),
         ("/v1/embeddings", {"model": "echo:a", "input": "a", "dimensions": 0}, "dimensions", "invalid_value"),
+        ("/v1/rerank", {"model": "echo:a", "documents": ["a"]}, "query", "missing_parameter"),
+        ("/v1/rerank", {"model": "echo:a", "query": ["q"], "documents": ["a"]}, "query", "invalid_value"),
+        ("/v1/rerank", {"model": "echo:a", "query": "q", "documents": []}, "documents", "invalid_value"),
+        ("/v1/rerank", {"model": "echo:a", "query": "q", "documents": [1]}, "documents[0]", "invalid_value"),
+        ("/v1/rerank", {"model": "echo:a", "query": "q", "documents": [{}]}, "documents[0].text", "missing_parameter"),
+        ("/v1/rerank", {"model": "echo:a", "query": "q", "documents": ["a"], "top_n": 0}, "top_n", "invalid_value"),
+        (
+            "/v1/rerank",
+            {"model": "echo:a", "query": "q", "documents": ["a"], "max_chunks_per_doc": 1},
+            "max_chunks_per_doc",
+            "unsupported_parameter",
+        ),
+        ("/v1/score", {"model": "echo:a", "text_1": "a"}, "text_2", "missing_parameter"),
+        ("/v1/score", {"model": "echo:a", "text_1": [], "text_2": "a"}, "text_1", "invalid_value"),
+        ("/v1/score", {"model": "echo:a", "text_1": ["a", "b"], "text_2": "a"}, "text_1", "invalid_value"),
         ("/v1/chat/completions", CHAT | {"stop": ["x"]}, "stop", "invalid_value"),  # refused by the engine itself
     ],
 )
