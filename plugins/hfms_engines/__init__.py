@@ -18,7 +18,9 @@ def hfms_engines() -> Iterator[Provider[Engine]]:
     yield Provider("openvino", OpenVinoEngine, OpenVinoOptions, summary="Text generation on CPUs, fast and batched.")
     yield Provider("transformers", GenerationEngine, GenerationOptions, summary="Text generation by torch, batched.")
     yield Provider("llama_cpp", LlamaCppEngine, LlamaCppOptions, summary="Text generation from GGUF, without torch.")
-    yield Provider("embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings, as sentence-transformers.")
+    yield Provider(
+        "embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings and scores of pairs, as sentence-transformers."
+    )
 
 
 @hookimpl
