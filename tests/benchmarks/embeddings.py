@@ -183,23 +183,23 @@ def over_http(name: str, folder: Path, cache: Path) -> Iterator[Ask]:
         port = str(free.getsockname()[1])
     if name.startswith("hfms"):
         command = [sys.executable, "-m", "hfms_cli", "serve", str(folder), "--port", port]
-        path = "/v1/embeddings"
+        prefix = "/v1"
     else:
         programs = venv(cache, "infinity", TORCH, "infinity-emb[server]", "sentence-transformers")
         command = [str(programs / "infinity_emb"), "v2", "--model-id", str(folder), "--port", port]
         command += ["--engine", "torch", "--device", "cpu", "--no-bettertransformer"]
-        path = "/embeddings"
+        prefix = ""
     dtype = {"hfms-f32-http": "float32"}.get(name, "auto")
     more = {"HFMS_CACHE_DIR": str(cache), "HFMS_DTYPE": dtype, "HFMS_LOG_LEVEL": "warning"}
     with (cache / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | more)
     try:
-        base = f"http://127.0.0.1:{port}"
-        model = _first_model(base + path.removesuffix("/embeddings") + "/models", process)
+        base = f"http://127.0.0.1:{port}{prefix}"
+        model = _served(base, process)
 
         def ask(texts: list[str]) -> tuple[float, list[list[float]]]:
             began = time.perf_counter()
-            data = _json(base + path, {"model": model, "input": texts})["data"]
+            data = _json(f"{base}/embeddings", {"model": model, "input": texts})["data"]
             return time.perf_counter() - began, [row["embedding"] for row in data]
 
         yield ask
@@ -215,15 +215,15 @@ def _json(url: str, body: Any = None) -> Any:
         return json.load(answer)
 
 
-def _first_model(url: str, process: subprocess.Popen[bytes]) -> str:
-    """The name of the model that a server serves, once it does."""
+def _served(base: str, process: subprocess.Popen[bytes]) -> str:
+    """The name of the model that a server serves, once it answers. base: what `/models` and `/embeddings` follow."""
     while process.poll() is None:
-        with contextlib.suppress(OSError):
-            found = _json(url)["data"]
-            if found and found[0].get("max_model_len", 1):
-                return str(found[0]["id"])
+        with contextlib.suppress(OSError, IndexError):  # not there yet, or still loading
+            model = str(_json(f"{base}/models")["data"][0]["id"])
+            _json(f"{base}/embeddings", {"model": model, "input": "ready"})
+            return model
         time.sleep(0.5)
-    raise SystemExit(f"the server behind {url} ended with {process.returncode}; see its log in the cache folder")
+    raise SystemExit(f"the server behind {base} ended with {process.returncode}; see its log in the cache folder")
 
 
 def venv(cache: Path, name: str, *wanted: str) -> Path:
