@@ -100,7 +100,8 @@ def read(core: Any, folder: Path, dtype: str) -> Runner:
     """The model in a conversion's folder, compiled. dtype: "auto", "float32" or "bfloat16"."""
     kept = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=Kept)
     precision = precision_of(core, "float32" if dtype == "auto" and not kept.half_is_close else dtype)
-    how = {"INFERENCE_PRECISION_HINT": SHORT[precision], "PERFORMANCE_HINT": "LATENCY"}
+    # Not pinned: a thread that is bound to a core waits for whoever else is there, the server or another model.
+    how = {"INFERENCE_PRECISION_HINT": SHORT[precision], "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     try:
         compiled = core.compile_model(folder / MODEL, "CPU", how)
     except RuntimeError as exc:
