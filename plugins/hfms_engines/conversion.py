@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -122,11 +123,12 @@ def _run(maker: str, job: msgspec.Struct, out: Path, report: Report) -> None:
         [sys.executable, "-P", "-m", f"{__package__}.{maker}", str(out)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        bufsize=0,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(msgspec.json.encode(job) + b"\n")
-        child.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended already, and its status says so
+            child.stdin.write(msgspec.json.encode(job) + b"\n")
         reason = ""
         for line in child.stdout:
             text = line.decode(errors="replace").strip()

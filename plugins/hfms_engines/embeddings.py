@@ -28,6 +28,7 @@ from hfms_cli import (
     LoadRequest,
     ModelCard,
     Pair,
+    Quantize,
     Task,
     UnsafeFormat,
     setting,
@@ -89,6 +90,7 @@ class Embeddings:
 
     name = "embeddings"
     tasks: tuple[Task, ...] = ("embed", "score")
+    quantizes: tuple[Quantize, ...] = ("int8",)
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class Embeddings:
             engine=self.name,
             device=request.device.id,
             dtype=encoder.precision,
+            quantize=self._quantize(request),
             tasks=(task,),
             context_length=encoder.max_length,
             max_batch=self._options.batch_size,
@@ -145,7 +148,7 @@ class Embeddings:
     def _load_runner(self, recipe: Recipe, request: LoadRequest) -> Runner:
         """OpenVINO where it can run the model, else torch; what was asked for by name is never replaced."""
         options = self._options
-        quantize: Literal["none", "int8"] = "int8" if options.quantize == "int8" else "none"
+        quantize = self._quantize(request)
         reason = "[engine.embeddings] runner is torch"
         if options.runner != "torch":
             reason = self._why_not_openvino(request) or ""
@@ -157,12 +160,17 @@ class Embeddings:
             except LoadFailed as exc:
                 reason = exc.message
         if options.runner == "openvino" or quantize != "none":
-            raise LoadFailed(f"OpenVINO does not run this model as [engine.embeddings] asks: {reason}")
+            raise LoadFailed(f"OpenVINO does not run this model, and that was asked for: {reason}")
         if options.runner == "auto" and request.device.kind == "cpu":
             log.warning("torch runs this model and not OpenVINO, which is faster: %s", reason)
         from hfms_engines import sentence_torch
 
         return sentence_torch.load(recipe, request, _dtype(request))
+
+    def _quantize(self, request: LoadRequest) -> Literal["none", "int8"]:
+        """What the load asks for, else what the options say."""
+        asked = self._options.quantize if request.quantize == "auto" else request.quantize
+        return "int8" if asked == "int8" else "none"
 
     def _why_not_openvino(self, request: LoadRequest) -> str | None:
         if request.device.kind != "cpu":

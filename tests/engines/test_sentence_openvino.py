@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import transformers
 
 from hfms_engines import conversion, sentence_openvino, sentence_torch
+from hfms_engines.embeddings import Embeddings, EmbeddingsOptions
 from hfms_engines.openvino_export import MODEL
 from hfms_engines.sentence_files import Recipe
 from tests.engines.sentences import (
@@ -170,6 +172,13 @@ def test_a_model_whose_conversion_fails_runs_by_torch_and_the_log_says_why(plain
 def test_eight_bits_are_never_left_out_in_silence(plain):
     with pytest.raises(LoadFailed, match="runner is torch"):
         load(plain, runner="torch", quantize="int8")
+
+
+def test_a_load_may_ask_for_eight_bits_and_says_that_it_has_them(plain, cache):
+    options = EmbeddingsOptions(runner="openvino", cache_dir=cache)
+    model = Embeddings(options).load(dataclasses.replace(request(plain), quantize="int8"))
+    assert model.info.quantize == "int8"
+    assert Embeddings(options).load(request(plain)).info.quantize == "none"
 
 
 def test_a_precision_that_openvino_does_not_have_is_torchs(plain, tmp_path):
