@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from msgspec import to_builtins
@@ -147,8 +148,11 @@ class Tuner:
 
     # Choosing.
 
+    def _speeds(self, trial: Trial, profile: Profile) -> list[float]:
+        return trial.speeds(1 if profile == "latency" else self._plan.concurrency)
+
     def _speed(self, trial: Trial, profile: Profile) -> float:
-        return 1 / trial.seconds() if profile == "latency" else trial.output_rate(self._plan.concurrency)
+        return median(self._speeds(trial, profile))
 
     def _fastest(self, trials: Sequence[Trial], profile: Profile) -> Trial | None:
         """The best that may be chosen."""
@@ -156,13 +160,18 @@ class Tuner:
         return max(allowed, key=lambda t: self._speed(t, profile), default=None)
 
     def _winner(self, trials: Sequence[Trial], profile: Profile, leader: Choice) -> Trial | None:
-        """The best variation of a leader, or the leader where that gains too little; None where it failed."""
+        """The best variation of a leader, or the leader where that gains too little; None where it failed.
+
+        Noise makes one of many look better now and then, but seldom in every round.
+        """
         held = next((t for t in trials if t.choice == leader), None)
         family = [t for t in trials if replace(t.choice, options=leader.options) == leader]
         best = self._fastest(family, profile)
         if best is None or held is None:
             return held
-        return best if self._speed(best, profile) > (1 + MARGIN) * self._speed(held, profile) else held
+        rounds = zip(self._speeds(best, profile), self._speeds(held, profile), strict=False)
+        always = all(new > old for new, old in rounds)
+        return best if always and self._speed(best, profile) > (1 + MARGIN) * self._speed(held, profile) else held
 
     def _limits(self, choice: Choice, profile: Profile) -> list[Choice]:
         """A leader, and its variations."""

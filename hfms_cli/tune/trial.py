@@ -61,8 +61,8 @@ class Trial:
         outcome = Outcome(sent=time.perf_counter(), prompt_tokens=0, output_tokens=0)
         try:
             async for chunk in self.host.submit(call):
-                now = time.perf_counter()
-                outcome.times.append(now)
+                if chunk.tokens:  # else it only says that the prompt is being read
+                    outcome.times.append(time.perf_counter())
                 outcome.prompt_tokens = (outcome.prompt_tokens or 0) + chunk.prompt_tokens
                 outcome.output_tokens = (outcome.output_tokens or 0) + chunk.tokens
         except HfmsError as exc:
@@ -76,9 +76,11 @@ class Trial:
         failed = (r for runs in self.runs.values() for run in runs for r in run.failures.values())
         return next(failed, None)
 
-    def seconds(self) -> float:
-        """Median of a request that is alone."""
-        return median(o.e2el for run in self.runs[1] for o in run.completed)
+    def speeds(self, concurrency: int) -> list[float]:
+        """Of each run: answers a second of those that are alone, tokens a second of those that are not."""
+        if concurrency == 1:
+            return [1 / median(o.e2el for o in run.completed) for run in self.runs[1]]
+        return [_tokens(run, "output_tokens") / run.duration for run in self.runs[concurrency]]
 
     def ttft(self) -> float:
         """Seconds; median of a request that is alone."""
@@ -91,7 +93,7 @@ class Trial:
 
     def output_rate(self, concurrency: int) -> float:
         """Tokens written a second, median of the runs."""
-        return median(_tokens(run, "output_tokens") / run.duration for run in self.runs[concurrency])
+        return median(self.speeds(concurrency))
 
     def total_rate(self, concurrency: int) -> float:
         """Tokens read and written a second, median of the runs."""

@@ -27,6 +27,9 @@ __all__ = ["SHORT", "Runner", "load", "precision_of"]
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
 """What OpenVINO calls them."""
 
+# In bfloat16 OpenVINO 2026.4 divides by zero where it has one thread.
+_LEAST_THREADS = {"float32": 1, "bfloat16": 2}
+
 # Blocks of a cache that is only tried out.
 _FEW = 16
 
@@ -155,7 +158,7 @@ def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool, thre
                 "INFERENCE_PRECISION_HINT": short,
                 "KV_CACHE_PRECISION": short,
                 "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads or physical_cores(),
+                "INFERENCE_NUM_THREADS": max(threads or physical_cores(), _LEAST_THREADS[precision]),
             },
         )
     except RuntimeError as exc:
