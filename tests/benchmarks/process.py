@@ -15,7 +15,7 @@ import psutil
 
 from tests.benchmarks.peers import Start
 
-READY_SECONDS = 900.0
+READY_SECONDS = 1800.0
 STOP_SECONDS = 20.0
 
 

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import time
@@ -274,6 +275,8 @@ def main() -> None:
         "failures": [],
         "runs": [],
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, as Ctrl-C does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell hands down ignored to what it puts behind
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(measure_all(contenders, args, results))
 
