@@ -212,8 +212,11 @@ class TransformersBatching(Transformers):
     """`transformers serve` with its continuous batching."""
 
     name = "transformers-cb"
-    # By itself it takes nine tenths of all memory for its cache, on a CPU too.
-    options = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", str(SLOTS * CONTEXT // 32))
+    # By itself it takes nine tenths of all memory for its cache and its masks, on a CPU too.
+    options = (
+        "--continuous-batching",
+        *("--cb-block-size", "32", "--cb-num-blocks", str(SLOTS * CONTEXT // 32), "--cb-max-batch-tokens", "512"),
+    )
 
 
 class Vllm(Peer):
