@@ -40,10 +40,15 @@ class Start:
 
 
 class Peer(ABC):
-    """A server of the model. precisions: of weights and products, with the group of those that are alike."""
+    """A server of the model.
+
+    precisions: of weights and products, with the group of those that are alike. most: requests in flight that it is
+    asked with at most; more would take hours.
+    """
 
     name: str
     precisions: ClassVar[dict[str, str]]
+    most = 10**9
 
     @abstractmethod
     def install(self, cache: Path) -> str:
@@ -186,6 +191,7 @@ class Transformers(Peer):
 
     name = "transformers"
     precisions: ClassVar = {"bf16": "bf16", "f32": "f32"}
+    most = 4
     options: tuple[str, ...] = ()
 
     def install(self, cache: Path) -> str:
@@ -213,6 +219,7 @@ class TransformersBatching(Transformers):
     """`transformers serve` with its continuous batching."""
 
     name = "transformers-cb"
+    most = 16
     # By itself it takes nine tenths of all memory for its cache and its masks, on a CPU too.
     options = (
         "--continuous-batching",

@@ -1,10 +1,11 @@
 """Make Markdown tables and plots of results, and put them into docs/benchmarks.md.
 
-    python -m tests.benchmarks.report DIR
+    python -m tests.benchmarks.report DIR...
 
-DIR: where serving.py, roofline.py and frontend.py left their JSON; what is not there is left out. The results, but for
-their logs, are copied beside the plots into docs/benchmarks/. The section is what lies between two comments in
-docs/benchmarks.md, and the rest of that file is a person's.
+DIR: where serving.py, roofline.py and frontend.py left their JSON; what is not there is left out. Several sessions of
+serving.py come into the same tables, and ratios are those within one session. The results are copied beside the plots,
+into docs/benchmarks/. The section is what lies between two comments in docs/benchmarks.md, and the rest of that file is
+a person's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +27,20 @@ DOCS = HERE.parents[1] / "docs"
 BEGIN, END = "<!-- peers: made by tests/benchmarks/report.py -->", "<!-- peers: end -->"
 OURS = "hfms"
 ALONE = "-alone"
+ROUNDS = 1000
+"""More than a session has."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The runs of serving.py."""
+    """The runs of one or several sessions of serving.py. Of each session the rounds have numbers of their own."""
 
-    about: dict[str, Any]
+    sessions: list[dict[str, Any]]
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        return list(self.about["runs"])
+        numbered = enumerate(self.sessions)
+        return [run | {"round": ROUNDS * i + run["round"]} for i, session in numbered for run in session["runs"]]
 
     @property
     def widths(self) -> list[int]:
@@ -216,55 +219,55 @@ def front_section(front: dict[str, Any]) -> str:
     return table([*head, "front's CPU, µs a token", "µs a request of one token", "such requests/s"], rows)
 
 
-def conditions(results: Results) -> str:
-    """Machine, versions and method in a paragraph."""
-    about, m = results.about, results.about["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    load = max((r["load_average"] for r in results.runs), default=0.0)
-    others = max((r["others_cores"] for r in results.runs), default=0.0)
-    shared = "all begin alike" if about["shared_prefix"] else "none begins as another does"
+def conditions(session: dict[str, Any]) -> str:
+    """Machine, versions and method of a session, in a paragraph."""
+    m, runs = session["machine"], session["runs"]
+    versions = ", ".join(f"{name} {number}" for name, number in session["versions"].items())
+    most = {name: max((run[name] for run in runs), default=0.0) for name in ("round", "load_average", "others_cores")}
+    shared = "all begin alike" if session["shared_prefix"] else "none begins as another does"
     lines = [
-        f"{about['date']}, {m['cores']} cores of {m['cpu']} ({', '.join(m['flags'])}), {m['memory_gib']} GiB, Linux "
+        f"{session['date']}, {m['cores']} cores of {m['cpu']} ({', '.join(m['flags'])}), {m['memory_gib']} GiB, Linux "
         f"{m['kernel']}, Python {m['python']}. {versions}.",
-        f"SmolLM2-135M-Instruct, {about['output_len']} tokens an answer, greedy; {shared}. "
-        f"{max((r['round'] for r in results.runs), default=0)} rounds, one contender up at a time; medians. Load "
-        f"average up to {load:.1f} and other processes on up to {others:.2f} cores while measuring.",
-        f"Command: `python -m tests.benchmarks.serving {about['command']}`.",
-        *(f"{f['contender']} failed in round {f['round']}." for f in about["failures"]),
+        f"SmolLM2-135M-Instruct, {session['output_len']} tokens an answer, greedy; of the prompts {shared}. Rounds: "
+        f"{most['round']}, one contender up at a time; medians. Load average up to {most['load_average']:.1f} and "
+        f"other processes on up to {most['others_cores']:.2f} cores while measuring.",
+        f"Command: `python -m tests.benchmarks.serving {session['command']}`.",
+        *(f"{f['contender']} failed in round {f['round']}." for f in session["failures"]),
     ]
     return "\n".join(lines)
 
 
-def section(folder: Path, plots: Path) -> str:
-    """All that there is in a folder of results."""
+def read(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
+    """What each folder has under this name."""
+    return [json.loads(file.read_text()) for folder in folders if (file := folder / f"{name}.json").exists()]
+
+
+def section(folders: Sequence[Path], plots: Path) -> str:
+    """All that there is in folders of results."""
+    sessions, rates, fronts = (read(folders, name) for name in ("serving", "roofline", "frontend"))
     parts = []
-    found = {name: json.loads(f.read_text()) for name in FILES if (f := folder / f"{name}.json").exists()}
-    if "serving" in found:
-        results = Results(found["serving"])
-        parts += [conditions(results), "### Each at its best", best_section(results), "### At equal precision"]
+    if sessions:
+        results = Results(sessions)
+        parts += [*map(conditions, sessions), "### Each at its best", best_section(results), "### At equal precision"]
         parts += [group_section(results, group, plots) for group in results.groups]
         parts += ["### Memory and start", cost_section(results)]
-        if "roofline" in found:
-            parts += ["### Of what the machine allows", roof_section(results, found["roofline"])]
-    if "frontend" in found:
-        parts += ["### The server's own cost", front_section(found["frontend"])]
+        if rates:
+            parts += ["### Of what the machine allows", roof_section(results, rates[-1])]
+    if fronts:
+        parts += ["### The server's own cost", front_section(fronts[-1])]
+    for i, session in enumerate(sessions):
+        (plots / f"serving-{i + 1}.json").write_text(json.dumps(session, indent=1) + "\n")
     return "\n\n".join(parts)
-
-
-FILES = ("serving", "roofline", "frontend")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of results")
+    parser.add_argument("folders", type=Path, nargs="+", help="of results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder with benchmarks.md")
     args = parser.parse_args()
     plots = args.docs / "benchmarks"
     plots.mkdir(exist_ok=True)
-    text = section(args.folder, plots)
-    for name in FILES:
-        if (file := args.folder / f"{name}.json").exists():
-            shutil.copy(file, plots)
+    text = section(args.folders, plots)
     page = args.docs / "benchmarks.md"
     old = page.read_text()
     if BEGIN not in old:

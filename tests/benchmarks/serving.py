@@ -221,8 +221,9 @@ async def measure_all(contenders: Sequence[Contender], args: argparse.Namespace,
             port = free_port()
             start = contender.peer.start(args.cache, contender.precision, port)
             log = args.out / "logs" / f"{contender.name.replace(' ', '-')}-{number + 1}.log"
+            its = {c: batch for c, batch in loads.items() if c <= contender.peer.most}
             try:
-                runs = await measure(contender, start, port, log, loads, args.output_len)
+                runs = await measure(contender, start, port, log, its, args.output_len)
             except RuntimeError as exc:
                 say(f"{contender.name}: {exc}")
                 results["failures"].append({"contender": contender.name, "round": number + 1, "reason": str(exc)})
