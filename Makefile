@@ -10,6 +10,7 @@ demo: $(VENV)/.demo          ## install, get a small chat model, serve it, show 
 	$(BIN)/python examples/first_answer.py
 
 test: $(VENV)/.test          ## install and pass every test
+	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.lint          ## formatting, lint, types, layers
