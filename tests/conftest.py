@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 
@@ -94,6 +95,16 @@ class Server:
         """Status and JSON body."""
         async with self.session.request(method, self.url + path, **more) as response:
             return response.status, await response.json(content_type=None)
+
+
+def workers() -> list[psutil.Process]:
+    """Engines' processes that these tests have started and that live; databases and nodes for other tests live too."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "hfms_cli.engines.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Server]]

@@ -17,6 +17,7 @@ from hfms_cli.engines.host import EngineHost, HostOptions, worker_environ
 from hfms_cli.errors import BadRequest, EngineDied, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest
 from hfms_cli.types import Call, Chunk, Device, ModelCard, Sampling
+from tests.conftest import workers
 
 CARD = ModelCard(format="none", model_type="echo", architecture="EchoModel", tasks=("generate",), weights_bytes=0)
 CPU = Device(id="cpu", kind="cpu", name="cpu", total_bytes=1, free_bytes=1, torch_device="cpu")
@@ -139,10 +140,10 @@ async def test_close_ends_the_process_and_leaves_no_child():
 
 
 async def test_a_load_that_fails_gives_its_reason_and_leaves_no_process():
-    before = set(psutil.Process().children())
+    before = set(workers())
     with pytest.raises(LoadFailed, match="no plugin provides"):
         await EngineHost.start("m", REQUEST, options("no-such-engine"))
-    assert set(psutil.Process().children()) <= before
+    assert set(workers()) <= before
 
 
 async def test_secrets_of_the_front_are_not_in_the_workers_environment(monkeypatch):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from hfms_cli.errors import Conflict, DoesNotFit, LoadFailed, ModelNotFound, Unavailable
+from tests.conftest import workers
 
 
 async def reaches(model, state: str) -> None:
@@ -54,12 +55,12 @@ async def test_unloading_while_it_loads_ends_the_load_and_its_process(serve):
         pool = server.runtime.pool
         model = pool.begin("echo:a")
         async with asyncio.timeout(10):
-            while not psutil.Process().children():
+            while not workers():
                 await asyncio.sleep(0.005)
         await pool.unload("echo:a")
         with pytest.raises(Unavailable, match="unloaded while it loaded"):
             await model.ready
-        assert not psutil.Process().children()
+        assert not workers()
         with pytest.raises(ModelNotFound):
             await pool.unload("echo:a")
 
@@ -90,7 +91,7 @@ async def test_a_model_that_does_not_fit_says_by_how_much_and_starts_no_process(
         loader.ledger.reserve(everything, cpu.total_bytes)  # another load was promised all there is
         with pytest.raises(DoesNotFit, match=r"needs .* on cpu, which has .* left of"):
             await server.runtime.pool.load("echo:a")
-        assert not psutil.Process().children()
+        assert not workers()
 
 
 async def test_every_byte_is_back_after_unloading(serve):
@@ -102,7 +103,7 @@ async def test_every_byte_is_back_after_unloading(serve):
             await pool.unload("echo:a")
             assert not psutil.pid_exists(pid)
         assert pool.models() == []
-        assert not psutil.Process().children()
+        assert not workers()
 
 
 class Grumpy:
@@ -133,4 +134,4 @@ async def test_when_no_engine_can_load_the_last_ones_reason_is_told(serve):
         loader._engines = [Grumpy()]
         with pytest.raises(LoadFailed, match="grumpy"):
             await server.runtime.pool.load("echo:a")
-        assert not psutil.Process().children()
+        assert not workers()

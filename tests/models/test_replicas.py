@@ -14,6 +14,7 @@ from hfms_cli.errors import DoesNotFit, EngineDied
 from hfms_cli.models import names
 from hfms_cli.models.loader import Wish
 from hfms_cli.types import Call, Device, Probe, Sampling
+from tests.conftest import workers
 
 SLOW = "[engine.echo]\nstep_ms = 5"
 TWO = (Wish(), Wish())
@@ -114,7 +115,7 @@ async def test_unloading_lets_calls_on_every_replica_finish_and_leaves_no_proces
         await server.runtime.pool.unload("echo:a")
         assert await asyncio.gather(*answers) == [40, 40]
         assert not any(psutil.pid_exists(pid) for pid in pids)
-        assert not psutil.Process().children()
+        assert not workers()
 
 
 async def test_replicas_that_do_not_fit_together_are_refused_before_any_process_starts(serve):
@@ -126,7 +127,7 @@ async def test_replicas_that_do_not_fit_together_are_refused_before_any_process_
         with pytest.raises(DoesNotFit, match="room for 1 replicas") as caught:
             await server.runtime.pool.load("echo:a", (Wish(),) * 40)
         assert caught.value.param == "replicas"
-        assert not psutil.Process().children()
+        assert not workers()
 
 
 async def test_each_replica_may_have_wishes_of_its_own(serve):
@@ -191,7 +192,7 @@ async def test_replicas_start_together_once_the_first_one_has_loaded(serve):
         model = pool.begin("echo:a", (Wish(),) * 3)
         most_before_the_first = 0
         while not model.hosts:
-            most_before_the_first = max(most_before_the_first, len(psutil.Process().children()))
+            most_before_the_first = max(most_before_the_first, len(workers()))
             await asyncio.sleep(0.005)
         assert most_before_the_first == 1
         await model.ready

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import pytest
 
 from hfms_cli.errors import BadRequest, LoadFailed
@@ -11,6 +10,7 @@ from hfms_cli.models.loader import Wish
 from hfms_cli.tune.candidates import Knobs
 from hfms_cli.tune.roofline import Roofline
 from hfms_cli.tune.session import Plan, Tuner
+from tests.conftest import workers
 
 MACHINE = Roofline(bytes_per_second=1e9)
 PLAN = Plan(concurrency=4, output_len=8, repeats=2)
@@ -27,7 +27,7 @@ async def test_the_best_is_remembered_and_the_next_load_is_run_so(serve):
         assert set(result.best) == {"latency", "throughput"}
         # The whole batch at once is faster than half of it after the other half, by much more than noise.
         assert result.best["throughput"].choice.options.get("max_batch") in (None, 4)
-        assert not psutil.Process().children()
+        assert not workers()
         model = await server.runtime.pool.load("echo:a")
         assert model.replicas[0].placement.candidates[0].tuned == "throughput"
 
