@@ -46,6 +46,7 @@ from hfms_cli import (
     Sampling,
 )
 from hfms_engines import limits
+from hfms_engines.calls import OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.machine import physical_cores
 from hfms_engines.text import StopStrings
@@ -119,32 +120,12 @@ class _Props(msgspec.Struct):
 
 
 @dataclass(eq=False)
-class _Prompt:
-    """One input of a call, shared by its choices."""
-
-    ids: list[int]
-    reported: bool = False
-    """A chunk has told how many tokens it has."""
-
-
-@dataclass(eq=False)
-class _Call:
-    id: str
-    priority: int
-    key: str
-    unfinished: int
-    begun: bool = False
-    gone: bool = False
-    """Cancelled or failed: its threads stop at the next word from llama.cpp."""
-
-
-@dataclass(eq=False)
 class _Sequence:
     """One choice of a call."""
 
-    call: _Call
+    call: OpenCall
     index: int
-    prompt: _Prompt
+    prompt: Prompt
     limit: int
     """Tokens that it may make."""
     request: bytes
@@ -201,7 +182,7 @@ class LlamaCpp:
         self._first_token = door.ask("GET", "/props", None, _Props).bos_token
         self._cache_tokens = cache_tokens
         self._prefix_cache = prefix_cache
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, OpenCall] = {}
         self._line: Line[_Sequence] = Line()
         self._running: dict[_Sequence, threading.Thread] = {}
         """In slots, those that were cancelled and have not stopped yet among them."""
@@ -222,14 +203,12 @@ class LlamaCpp:
                     " model.",
                     param=name,
                 )
-        prompts = [_Prompt(self._tokens(entry)) for entry in entries]
+        prompts = [Prompt(self._tokens(entry)) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
         ]
-        who = call.caller.key_id or call.caller.address
-        kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)
-        self._calls[call.id] = kept
+        self._calls[call.id] = kept = OpenCall.of(call)
         for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
                 request = self._request(prompt.ids, limit, call.sampling, choice=k)

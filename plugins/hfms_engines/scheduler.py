@@ -32,6 +32,7 @@ from hfms_cli import (
     Sampling,
 )
 from hfms_engines import limits
+from hfms_engines.calls import OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.text import Detokenizer, StopStrings
@@ -56,19 +57,10 @@ _NOT_FOR_TEMPLATES = {
 
 
 @dataclass(eq=False)
-class Prompt:
-    """One input of a call, shared by its choices."""
-
-    ids: list[int]
-    reported: bool = False
-    """A chunk has told how many tokens it has."""
-
-
-@dataclass(eq=False)
 class Seq:
     """One choice of a call on its way."""
 
-    call: _Call
+    call: OpenCall
     index: int
     prompt: Prompt
     limit: int
@@ -124,15 +116,6 @@ class Seq:
         )
 
 
-@dataclass(eq=False)
-class _Call:
-    id: str
-    priority: int
-    key: str
-    unfinished: int
-    begun: bool = False
-
-
 class AnyRunner(Protocol):
     """What every scheduler needs to know of a model and its tokenizer."""
 
@@ -181,7 +164,7 @@ class Scheduler(ABC):
         self._sampler = sampling.Sampler
         self._clock = clock
         self._pace = Pace(prefill_tokens, stall_seconds)
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, OpenCall] = {}
         self._line: Line[Seq] = Line(clock)
         self._rows: list[Seq] = []
         """Under way."""
@@ -211,14 +194,12 @@ class Scheduler(ABC):
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
         ]
-        who = call.caller.key_id or call.caller.address
-        kept = _Call(call.id, call.priority, who, unfinished=len(prompts) * call.n)
-        self._calls[call.id] = kept
+        self._calls[call.id] = kept = OpenCall.of(call)
         for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
                 self._line.enter(self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling))
 
-    def _sequence(self, call: _Call, index: int, choice: int, prompt: Prompt, limit: int, sampling: Sampling) -> Seq:
+    def _sequence(self, call: OpenCall, index: int, choice: int, prompt: Prompt, limit: int, sampling: Sampling) -> Seq:
         runner = self._runner
         return Seq(
             call,

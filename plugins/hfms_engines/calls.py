@@ -1,0 +1,36 @@
+"""A call that an engine has taken, as far as its sequences share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hfms_cli import Call
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One input of a call, shared by its choices."""
+
+    ids: list[int]
+    reported: bool = False
+    """A chunk has told how many tokens it has."""
+
+
+@dataclass(eq=False)
+class OpenCall:
+    """A call whose sequences wait or run."""
+
+    id: str
+    priority: int
+    key: str
+    """Whose it is."""
+    unfinished: int
+    """Sequences that have not ended."""
+    begun: bool = False
+    gone: bool = False
+    """Cancelled or failed."""
+
+    @classmethod
+    def of(cls, call: Call) -> OpenCall:
+        who = call.caller.key_id or call.caller.address
+        return cls(call.id, call.priority, who, unfinished=len(call.inputs) * call.n)
