@@ -100,6 +100,9 @@ class EngineConfig:
         lambda: ["openvino", "transformers", "llama_cpp", "embeddings", "echo"],
         "Engines to try for a model, in this order.",
     )
+    batching: bool = setting(
+        True, "Run several sequences of a model at once; false: one after another.", env="ENABLE_BATCHING"
+    )
     max_calls: int = setting(256, "Calls that one engine process may hold; more are answered 429.", ge=1)
     heartbeat_seconds: float = setting(
         60.0, "An engine whose loop is silent for so long is ended and started again.", ge=1
@@ -177,7 +180,6 @@ SWITCHES = {
     "ENABLE_CACHING": "cache",
     "ENABLE_REQUEST_QUEUE": "queue",
     "ENABLE_CIRCUIT_BREAKER": "breaker",
-    "ENABLE_BATCHING": "batch",
 }
 
 

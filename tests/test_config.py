@@ -131,7 +131,7 @@ def test_every_enable_switch_puts_its_middleware_in_and_takes_it_out(switch, nam
     without = {"HFMS_MIDDLEWARE": ",".join(others), "HFMS_CONFIG": ""}
     everything = {"HFMS_MIDDLEWARE": ",".join(SWITCHES.values()), "HFMS_CONFIG": ""}
     on = load_config(environ=without | {prefix + switch: "1"})
-    assert on.middleware.order == ["auth", "rate_limit", "cache", "queue", "breaker", "batch"]
+    assert on.middleware.order == ["auth", "rate_limit", "cache", "queue", "breaker"]
     assert on.origins["middleware", "order"] == f"HFMS_MIDDLEWARE, {prefix + switch}"
     assert load_config(environ=everything | {prefix + switch: "false"}).middleware.order == [
         n for n in on.middleware.order if n != name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -75,12 +75,15 @@ class Loader:
         engines: Sequence[Engine],
         hardware: Sequence[Hardware],
         ledger: Ledger | None = None,
+        forced: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        """forced: options of engines, by name, that win over what the operator and a tuned choice say."""
         self.router = router
         self.ledger = ledger or Ledger()
         self._config = config
         self._engines = engines
         self._hardware = hardware
+        self._forced = forced or {}
         self.tuned = TunedStore(config.state_dir)
 
     async def place(
@@ -236,7 +239,7 @@ class Loader:
         config, engine = self._config, candidate.engine.name
         return HostOptions(
             engine=engine,
-            engine_options={**candidate.options, **self.set_options(engine)},
+            engine_options={**candidate.options, **self.set_options(engine), **self._forced.get(engine, {})},
             config_file=config.file,
             disabled_plugins=config.plugins.disabled,
             max_calls=config.engine.max_calls,

@@ -19,6 +19,7 @@ from hfms_cli.models.pool import Pool, describe
 from hfms_cli.models.router import Router, open_router
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving.road import Road
+from hfms_cli.settings import settings_of
 from hfms_cli.telemetry.metrics import Metrics, summed
 from hfms_cli.version import __version__
 
@@ -96,7 +97,13 @@ class Runtime:
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
         router = open_router(config, plugins, observe=metrics.storage)
         pool = Pool(
-            Loader(config, router, engines, hardware),
+            Loader(
+                config,
+                router,
+                engines,
+                hardware,
+                forced={} if config.engine.batching else _one_at_a_time(config, plugins),
+            ),
             restart_limit=config.engine.restart_limit,
             load_on_request=config.models.load_on_request,
             replicas=config.models.replicas,
@@ -203,6 +210,15 @@ def _refuse_divided_state(config: Config, middlewares: Sequence[Middleware]) -> 
     for middleware in middlewares:
         if reason := middleware.needs_one_front():
             raise ConfigError(f"the middleware `{middleware.name}` needs `workers = 1`: {reason}", param="workers")
+
+
+def _one_at_a_time(config: Config, plugins: Plugins) -> dict[str, dict[str, int]]:
+    """What keeps each engine from running sequences together, by the name that its options have for it."""
+    bounds = ("max_batch", "batch_size")
+    return {
+        name: {s.name: 1 for s in settings_of(plugins.record("engine", name).options) if s.name in bounds}
+        for name in config.engine.order
+    }
 
 
 def _refuse_open_door(config: Config, guarded: bool) -> list[str]:

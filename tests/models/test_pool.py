@@ -135,3 +135,10 @@ async def test_when_no_engine_can_load_the_last_ones_reason_is_told(serve):
         with pytest.raises(LoadFailed, match="grumpy"):
             await server.runtime.pool.load("echo:a")
         assert not workers()
+
+
+@pytest.mark.parametrize(("switch", "most"), [({}, 64), ({"HFMS_ENABLE_BATCHING": "false"}, 1)])
+async def test_without_batching_an_engine_runs_one_sequence_at_a_time(serve, switch, most):
+    async with serve("echo:a", env=switch) as server:
+        (model,) = server.runtime.pool.models()
+        assert model.info.max_batch == most
