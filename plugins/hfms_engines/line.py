@@ -77,7 +77,8 @@ class Line(Generic[W]):
     def take(self, waiter: W) -> None:
         """Let one go that is first of its priority and key."""
         lane = self._lanes[waiter.priority, waiter.key]
-        assert lane.popleft() is waiter
+        first = lane.popleft()
+        assert first is waiter
         if not lane:
             del self._lanes[waiter.priority, waiter.key]
 
