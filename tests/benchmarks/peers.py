@@ -63,9 +63,16 @@ class Hfms(Peer):
     """hfms from the tree that this file is in, on the Python that runs this."""
 
     name = "hfms"
-    precisions: ClassVar = {"bf16": "bf16", "f32": "f32", "int8": "8 bit", "Q4_1": "4 bit"}
+    precisions: ClassVar = {
+        "bf16": "bf16",
+        "bf16-unguessed": "bf16",
+        "f32": "f32",
+        "int8": "8 bit",
+        "Q4_1": "4 bit",
+    }
     CONFIGS: ClassVar = {
         "bf16": '[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "none"\n',
+        "bf16-unguessed": '[engine]\norder = ["openvino"]\n[engine.openvino]\nspeculative_tokens = 0\n',
         "f32": '[models]\ndtype = "float32"\n[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "none"\n',
         "int8": '[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "int8"\n',
         "Q4_1": '[engine]\norder = ["llama_cpp"]\n',  # needs the extra `llama-cpp`
