@@ -2,8 +2,9 @@
 
 Fairness is by tokens. Each key has an account of what it was given, prompts and answers alike; of those that wait
 with one priority, the key with the lowest account goes first. A key that comes after a pause starts where the lowest
-of those present is, so that nobody saves up. Who waits rises by one priority every `AGEING_SECONDS`, so that nobody
-waits for ever.
+of those present is, so that nobody saves up. What
+waits of a key with one priority rises by a priority for every `AGEING_SECONDS` in which none of it was let in, so that
+nobody waits for ever; a key that floods is let in all the while, so its many do not come to outrank others by waiting.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Line(Generic[W]):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lanes: dict[tuple[int, str], deque[W]] = {}
+        self._let_in: dict[tuple[int, str], float] = {}
+        """When one of a lane was let in last, or the lane began."""
         self._present: Counter[str] = Counter()
         """Waiters of each key that have entered and not left."""
         self._had: dict[str, float] = {}
@@ -79,16 +82,15 @@ class Line(Generic[W]):
         lane = self._lanes[waiter.priority, waiter.key]
         first = lane.popleft()
         assert first is waiter
-        if not lane:
-            del self._lanes[waiter.priority, waiter.key]
+        self._let_in[waiter.priority, waiter.key] = self._clock()
+        self._drop_empty(waiter)
 
     def leave(self, waiter: W) -> None:
         """Be done, or give up; from wherever it is."""
         lane = self._lanes.get((waiter.priority, waiter.key))
         if lane and waiter in lane:
             lane.remove(waiter)
-            if not lane:
-                del self._lanes[waiter.priority, waiter.key]
+            self._drop_empty(waiter)
         self._present[waiter.key] -= 1
         if not self._present[waiter.key]:
             del self._present[waiter.key]
@@ -107,8 +109,15 @@ class Line(Generic[W]):
         return min((self.had(key) for key in self._present), default=0.0)
 
     def _aged(self, waiter: W, now: float) -> int:
-        return min(HIGHEST, waiter.priority + int((now - waiter.since) / AGEING_SECONDS))
+        passed_over = now - self._let_in[waiter.priority, waiter.key]
+        return min(HIGHEST, waiter.priority + int(passed_over / AGEING_SECONDS))
 
     def _lane(self, waiter: W) -> deque[W]:
         waiter.since = self._clock()
+        self._let_in.setdefault((waiter.priority, waiter.key), waiter.since)
         return self._lanes.setdefault((waiter.priority, waiter.key), deque())
+
+    def _drop_empty(self, waiter: W) -> None:
+        lane = waiter.priority, waiter.key
+        if not self._lanes[lane]:
+            del self._lanes[lane], self._let_in[lane]

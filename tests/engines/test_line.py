@@ -69,6 +69,19 @@ def test_who_waits_rises_a_priority_after_a_while_and_is_not_starved(line, clock
     assert line.first().name == "critical"
 
 
+def test_the_many_of_a_key_that_is_let_in_now_and_then_do_not_come_to_outrank_another_by_waiting(line, clock):
+    for name in "abc":
+        line.enter(Waiter(name, key="flood"))
+    clock.now += AGEING_SECONDS * 0.9
+    line.take(line.first())
+    line.charge("flood", 10)
+    clock.now += AGEING_SECONDS * 0.9
+    small = Waiter("small", key="other")
+    line.enter(small)
+    line.charge("flood", 10)
+    assert line.first() is small
+
+
 def test_the_key_that_has_had_least_goes_first(line):
     line.enter(Waiter("a", key="much"))
     line.enter(Waiter("b", key="little"))
