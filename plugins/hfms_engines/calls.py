@@ -1,8 +1,8 @@
-"""A call that an engine has taken, as far as its sequences share it."""
+"""A call that an engine has taken, its prompts and its choices: what every kind of engine keeps of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hfms_cli import Call
 
@@ -34,3 +34,24 @@ class OpenCall:
     def of(cls, call: Call) -> OpenCall:
         who = call.caller.key_id or call.caller.address
         return cls(call.id, call.priority, who, unfinished=len(call.inputs) * call.n)
+
+
+@dataclass(eq=False)
+class Choice:
+    """One choice of a call on its way; it can stand in a `Line`."""
+
+    call: OpenCall
+    index: int
+    prompt: Prompt
+    limit: int
+    """Tokens that it may make."""
+    since: float = field(default=0.0, init=False)
+    """When it began to wait."""
+
+    @property
+    def priority(self) -> int:
+        return self.call.priority
+
+    @property
+    def key(self) -> str:
+        return self.call.key

@@ -46,7 +46,7 @@ from hfms_cli import (
     Sampling,
 )
 from hfms_engines import limits
-from hfms_engines.calls import OpenCall, Prompt
+from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.machine import physical_cores
 from hfms_engines.text import StopStrings
@@ -120,14 +120,9 @@ class _Props(msgspec.Struct):
 
 
 @dataclass(eq=False)
-class _Sequence:
-    """One choice of a call."""
+class _Sequence(Choice):
+    """One choice of a call, as llama.cpp tells of it."""
 
-    call: OpenCall
-    index: int
-    prompt: Prompt
-    limit: int
-    """Tokens that it may make."""
     request: bytes
     stops: StopStrings
     made: int = 0
@@ -136,16 +131,6 @@ class _Sequence:
     """llama.cpp has said its last word on it."""
     told: bool = False
     """The caller has been told that word."""
-    since: float = 0.0
-    """When it began to wait."""
-
-    @property
-    def priority(self) -> int:
-        return self.call.priority
-
-    @property
-    def key(self) -> str:
-        return self.call.key
 
     @property
     def needs(self) -> int:

@@ -32,7 +32,7 @@ from hfms_cli import (
     Sampling,
 )
 from hfms_engines import limits
-from hfms_engines.calls import OpenCall, Prompt
+from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.text import Detokenizer, StopStrings
@@ -57,14 +57,9 @@ _NOT_FOR_TEMPLATES = {
 
 
 @dataclass(eq=False)
-class Seq:
-    """One choice of a call on its way."""
+class Seq(Choice):
+    """One choice of a call, token by token."""
 
-    call: OpenCall
-    index: int
-    prompt: Prompt
-    limit: int
-    """Tokens that it may make."""
     sampler: Sampler
     words: Detokenizer
     stops: StopStrings
@@ -74,16 +69,6 @@ class Seq:
     """Tokens whose keys and values are in the cache."""
     order: int = 0
     """When it was let in; the newest has the highest."""
-    since: float = 0.0
-    """When it began to wait."""
-
-    @property
-    def priority(self) -> int:
-        return self.call.priority
-
-    @property
-    def key(self) -> str:
-        return self.call.key
 
     @property
     def tokens(self) -> list[int]:

@@ -148,13 +148,7 @@ class Rpc:
             self._greeted = True
 
     async def call(self, command: str, argument: str, **options: str) -> bytes:
-        taken = bytearray()
-        async with aclosing(self.stream(command, argument, **options)) as chunks:
-            async for chunk in chunks:
-                taken += chunk
-                if len(taken) > MAX_BLOCK + 2**16:
-                    raise FetchFailed("The node answers with more than a block can hold.")
-        return bytes(taken)
+        return await _whole(self.stream(command, argument, **options), "The node")
 
     async def stream(self, command: str, argument: str, **options: str) -> AsyncGenerator[bytes, None]:
         async with self._post(command, argument, None, options) as response:
@@ -215,13 +209,7 @@ class Program:
         return bool(self._command) and shutil.which(self._command[0]) is not None
 
     async def call(self, command: str, argument: str, **options: str) -> bytes:
-        taken = bytearray()
-        async with aclosing(self.stream(command, argument, **options)) as chunks:
-            async for chunk in chunks:
-                taken += chunk
-                if len(taken) > MAX_BLOCK + 2**16:
-                    raise FetchFailed("The program `ipfs` answers with more than a block can hold.")
-        return bytes(taken)
+        return await _whole(self.stream(command, argument, **options), "The program `ipfs`")
 
     async def stream(self, command: str, argument: str, **options: str) -> AsyncGenerator[bytes, None]:
         async with self._running(command, argument, options) as process:
@@ -312,3 +300,14 @@ def _explained(message: str) -> HfmsError:
     if any(words in lowered for words in _MISSING) and "not pinned" not in lowered:
         return NotFound(f"The node does not have it: {text}.", param="cid")
     return FetchFailed(f"The node refused: {text}.")
+
+
+async def _whole(answer: AsyncGenerator[bytes, None], who: str) -> bytes:
+    """An answer that is a block at most. Raises FetchFailed where it is longer."""
+    taken = bytearray()
+    async with aclosing(answer) as chunks:
+        async for chunk in chunks:
+            taken += chunk
+            if len(taken) > MAX_BLOCK + 2**16:
+                raise FetchFailed(f"{who} answers with more than a block can hold.")
+    return bytes(taken)

@@ -173,9 +173,6 @@ async def test_all_are_closed(shelves):
 
 
 def plugins_with(*records):
-    class Module:
-        pass
-
     import types
 
     from hfms_cli import Provider, hookimpl
