@@ -87,14 +87,20 @@ class SqliteStore(SqlStore):
         return connection
 
     def _make_file(self) -> None:
-        """An empty file that only its owner can read; SQLite gives those beside it the same permissions.
+        """An empty store that only its owner can read; SQLite gives those beside it the same permissions.
 
-        It is made under another name: to close a file drops all locks that its process has on it, SQLite's too.
+        It is made under another name: to close a file drops all locks that its process has on it, SQLite's too. It is
+        in WAL mode before others see it: of two who change the mode at once one is refused, however long it would wait.
         """
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         number, draft = tempfile.mkstemp(prefix=f".{self._file.name}-", dir=self._file.parent)
         os.close(number)
         try:
+            connection = sqlite3.connect(draft)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            finally:
+                connection.close()
             with suppress(FileExistsError):  # another process was quicker
                 os.link(draft, self._file)
         finally:

@@ -140,6 +140,25 @@ def test_a_reader_misses_nothing_while_others_write(opened):
     assert len(seen) == 60
 
 
+def test_processes_may_all_be_the_first(store_url):
+    """Whoever finds no store makes one, and of many at once none is refused."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from hfms_middleware.auth.store import open_store\n"
+        "from tests.middleware.auth.conftest import a_key\n"
+        "store = open_store(sys.argv[1], Path('.')); print(flush=True); sys.stdin.readline(); store.insert(a_key())"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, store_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(6)
+    ]
+    for process in processes:
+        process.stdout.readline()  # all are about to write
+    for process in processes:
+        process.communicate(b"\n", timeout=60)
+    assert [process.returncode for process in processes] == [0] * 6
+
+
 def test_another_process_that_comes_and_goes_is_heard(store_url, opened):
     """SQLite forgets its locks on a file where its process closes that file by any other hand."""
     here, key = opened(), a_key()
