@@ -41,8 +41,8 @@ class OpenVinoOptions:
         "Bits of the weights, where a load does not say; auto: those of the model itself.",
         choices=("auto", "none", "int8", "int4"),
     )
-    max_batch: int = setting(64, "Sequences that run at once.", ge=1)
-    prefill_tokens: int = setting(256, "Prompt tokens that one step reads at most.", ge=1)
+    max_batch: int = setting(32, "Sequences that run at once.", ge=1)
+    prefill_tokens: int = setting(1024, "Prompt tokens that one step reads at most.", ge=1)
     stall_seconds: float = setting(
         STALL_SECONDS, "How long reading prompts may hold up answers that are under way, each step.", ge=0
     )

@@ -20,6 +20,7 @@ from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines.blocks import Blocks
 from hfms_engines.machine import physical_cores
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
+from hfms_engines.text import decoder_of
 
 __all__ = ["SHORT", "Runner", "load", "precision_of"]
 
@@ -41,6 +42,8 @@ class Runner:
         self, compiled: Any, tokenizer: Any, about: About, *, precision: str, cache_bytes: int | None, share: bool
     ) -> None:
         self.tokenizer = tokenizer
+        self.decode = decoder_of(tokenizer)
+        """Text of tokens, special ones left out."""
         self.precision = precision
         self.vocabulary = about.vocabulary
         self.stop_ids = frozenset(about.stop_ids)
@@ -107,10 +110,6 @@ class Runner:
         """Remove what blocks hold, such as values that are not finite, which would spoil the next sequence in them."""
         for tensor in self._caches:
             tensor.data[list(blocks)] = 0
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of tokens, special ones left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
 
     def release(self) -> None:
         """Nothing: what blocks hold is for the next call that begins alike."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 # Fewer are not worth a step's own cost.
 _LEAST = 32
+# A step that stalls no answer may take so many times as long: only those who come meanwhile wait for it.
+_ALONE = 3
+# Tokens of a step before it is known what they cost.
+_UNKNOWN = 256
 # Weight of the newest measurement.
 _NEW = 0.2
 
@@ -11,7 +15,7 @@ _NEW = 0.2
 class Pace:
     """A step with a large piece of a prompt in it stalls all answers under way, so it is cut to a time.
 
-    most: prompt tokens of a step that stalls nobody. seconds: what reading prompts may add to any other step. What a
+    most: prompt tokens of any step. seconds: what reading prompts may add to one that others wait for. What a
     token costs is measured as it goes, so a small model on a fast machine reads much at once, and a large one little.
     """
 
@@ -25,9 +29,10 @@ class Pace:
 
     def tokens(self, answering: bool) -> int:
         """Prompt tokens for the next step. answering: whether an answer is under way."""
-        if not answering or not self._cost:
-            return self._most
-        return max(min(_LEAST, self._most), min(self._most, int(self._seconds / self._cost)))
+        if not self._cost:
+            return min(self._most, _UNKNOWN)
+        seconds = self._seconds * (1 if answering else _ALONE)
+        return max(min(_LEAST, self._most), min(self._most, int(seconds / self._cost)))
 
     def took(self, seconds: float, read: int, answering: bool) -> None:
         """A step with `read` prompt tokens took so long."""

@@ -1,7 +1,8 @@
 """The scheduler around a paged cache: one forward pass a step reads pieces of prompts and decodes, side by side.
 
     admit    the first in line get blocks, as far as there are some and as one step can read
-    plan     what each sequence has not read yet: a token where it is under way, else a piece of its prompt
+    plan     what each sequence has not read yet: a token where it is under way, else a piece of its prompt;
+             a flood sits out the pass that makes the first token of one who has less than its share
     guess    what may come next, to be read along and checked, while the pass has room for more rows
     pass     all of that in one pass; who has read all makes a token, and one more for each right guess
     leave    its blocks are free, and keep what they hold until they are needed
@@ -63,6 +64,8 @@ class PagedScheduler(Scheduler):
         self._tables: dict[Seq, Table] = {}
         self._guess_tokens = guess_tokens
         self._guessers: dict[Seq, Guesser] = {}
+        self._sat_out = False
+        """Somebody had to, in the last pass."""
 
     def step(self) -> list[Event]:
         """A token or more of each sequence under way, and as much of prompts as the pace allows."""
@@ -90,7 +93,8 @@ class PagedScheduler(Scheduler):
         if chosen is None:
             return events
         read = sum(len(p.tokens) for p in pieces if len(p.tokens) - len(p.guesses) > 1)
-        self._pace.took(self._clock() - began, read, answering)
+        beside = any(len(p.tokens) - len(p.guesses) == 1 for p in pieces)
+        self._pace.took(self._clock() - began, read, beside)
         said = iter(chosen)
         for piece in pieces:
             self._conclude(piece, [next(said) for _ in range(piece.tail)], events)
@@ -122,19 +126,36 @@ class PagedScheduler(Scheduler):
     def _plan(self, most: int) -> list[_Piece]:
         """What each sequence reads in this step."""
         pieces = []
-        answering = [s for s in self._rows if s.length - s.cached == 1]
+        reading = self._reading()
+        taking_part = self._taking_part(reading, most)
+        answering = [s for s in taking_part if s.length - s.cached == 1]
         spare = _GUESSES - len(answering)
         for seq in answering:
             guesses = self._guess(seq, spare) if spare > 0 else []
             spare -= len(guesses)
             pieces.append(_Piece(seq, [(seq.made or seq.prompt.ids)[-1], *guesses], guesses, 1 + len(guesses)))
-        for seq in self._reading():
+        for seq in reading:
             if most <= 0:
                 break
+            if seq not in taking_part:
+                continue
             tokens = seq.tokens[seq.cached : seq.cached + most]
             most -= len(tokens)
             pieces.append(_Piece(seq, tokens, [], int(seq.cached + len(tokens) == seq.length)))
         return pieces
+
+    def _taking_part(self, reading: list[Seq], most: int) -> list[Seq]:
+        """Who is in the next pass.
+
+        Where it makes the first token of one prompt, those who would give way to it sit out, so that it is quick: with
+        64 rows beside it, a short prompt takes several times as long. Never twice running, or they would stand still.
+        """
+        everyone = self._rows
+        self._sat_out = not self._sat_out and bool(reading) and reading[0].length - reading[0].cached <= most
+        if self._sat_out:
+            everyone = [s for s in self._rows if not self._gives_way(s, reading[0])]
+            self._sat_out = len(everyone) < len(self._rows)
+        return everyone
 
     def _reading(self) -> list[Seq]:
         """Those with more than a token to read: the highest priority first, then the key that has had least."""

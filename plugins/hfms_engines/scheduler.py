@@ -285,12 +285,15 @@ class Scheduler(ABC):
         if not self._rows:
             return None
         other = self._last(self._rows)
-        if other.priority != seq.priority:
-            return other if other.priority < seq.priority else None
+        return other if self._gives_way(other, seq) else None
+
+    def _gives_way(self, one: Seq, other: Seq) -> bool:
+        """Whether one is of lower priority than another, or its key has more than its share."""
+        if one.priority != other.priority:
+            return one.priority < other.priority
         share = Counter(s.key for s in self._under_way())
         # Equal shares are left alone, and so is who has had less, or the two would change places for ever.
-        over = share[other.key] > share[seq.key] + 1 and self._line.had(other.key) >= self._line.had(seq.key)
-        return other if over else None
+        return share[one.key] > share[other.key] + 1 and self._line.had(one.key) >= self._line.had(other.key)
 
     def _choose(self, logits: torch.Tensor, seqs: Sequence[Seq]) -> list[int]:
         tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])

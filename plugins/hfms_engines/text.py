@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
+from typing import Any
 
 _BROKEN = "\ufffd"
 # So many of a prompt's last tokens surely hold a whole character, be they bytes.
 CONTEXT = 16
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Tokens to text, special ones left out, as transformers' tokenizer does it.
+
+    Where that only passes them on to one in Rust, this asks it directly: twice as fast, and done twice a token.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")):
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class Detokenizer:

@@ -33,6 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from hfms_cli import ConfigError, DoesNotFit, LoadFailed, LoadRequest, UnsafeFormat
 from hfms_engines.machine import physical_cores
+from hfms_engines.text import decoder_of
 
 __all__ = ["Runner", "SlotCache", "load"]
 
@@ -243,6 +244,8 @@ class Runner:
     def __init__(self, model: Any, tokenizer: Any, *, device: torch.device, context_length: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.decode = decoder_of(tokenizer)
+        """Text of tokens, special ones left out."""
         self.device = device
         self.context_length = context_length
         self.cache = SlotCache()
@@ -268,10 +271,6 @@ class Runner:
         cache = {self._cache_name: self.cache}
         out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **self._keep)
         return out.logits[:, -1].float()
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of tokens, special ones left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
 
     def weights_bytes(self) -> int:
         """Bytes of parameters and buffers."""

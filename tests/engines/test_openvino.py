@@ -453,6 +453,30 @@ def test_a_key_that_floods_gives_a_place_to_one_that_has_fewer_and_loses_nothing
         assert made[f"flood{i}", 0] == expected(theirs, prompt, 40)
 
 
+def test_a_flood_sits_out_the_pass_that_makes_the_first_token_of_a_small_caller(export, theirs, made, monkeypatch):
+    model = scheduler(export, max_batch=8, prefill_tokens=256)
+    flood = prompts(20, 21, 22, 23, 24)
+    for i, prompt in enumerate(flood):
+        submit(model, f"flood{i}", prompt, max_tokens=40, key="a")
+    while len(made["flood4", 0]) < 5:
+        model.step()
+    small = prompts(18, 19, seed=5)
+    submit(model, "small", small[0], max_tokens=8, key="b")
+    submit(model, "after", small[1], max_tokens=8, key="b")
+    seen = reading(model, monkeypatch)
+    model.step()
+    assert seen == [18 + 19]
+    assert len(made["small", 0]) == 1
+    before = len(made["flood0", 0])
+    model.step()  # nor is the flood held up twice running
+    assert len(made["flood0", 0]) > before
+    drain(model)
+    for id, prompt, most in zip(("small", "after"), small, (8, 8), strict=True):
+        assert made[id, 0] == expected(theirs, prompt, most)
+    for i, prompt in enumerate(flood):
+        assert made[f"flood{i}", 0] == expected(theirs, prompt, 40)
+
+
 def test_a_long_prompt_of_one_key_does_not_hold_up_the_short_one_of_another(export, made):
     model = scheduler(export, prefill_tokens=24)
     long, short = prompts(240, 10)

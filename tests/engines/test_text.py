@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hfms_engines.text import Detokenizer, StopStrings
+from hfms_engines.text import Detokenizer, StopStrings, decoder_of
 
 BROKEN = "\ufffd"
 timeless = settings(deadline=None)
@@ -49,12 +49,13 @@ def slow():
 
 
 def decoder(tokenizer):
+    """What transformers says."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def said(tokenizer, ids, **more):
     """What each token adds, and what the end adds."""
-    words = Detokenizer(decoder(tokenizer), skip=set(tokenizer.all_special_ids), **more)
+    words = Detokenizer(decoder_of(tokenizer), skip=set(tokenizer.all_special_ids), **more)
     return [*(words.feed(i) for i in ids), words.flush()]
 
 
