@@ -91,6 +91,15 @@ class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_day: int | None = None
     allowed_models: tuple[str, ...] = ()
     """Globs over names of models; empty: every model."""
+    cache_group: str = ""
+    """Callers of one group share what is kept of their prompts and answers; empty: with nobody."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is, what is kept of a call to answer the next one sooner. Nobody else can tell that it is there."""
+        if self.cache_group:
+            return f"group:{self.cache_group}"
+        return f"key:{self.key_id}" if self.key_id else f"address:{self.address}"
 
     def may_use(self, *names: str) -> bool:
         """Whether any of a model's names is allowed: its id, and the alias that it was asked for by."""

@@ -24,6 +24,8 @@ class OpenCall:
     priority: int
     key: str
     """Whose it is."""
+    tenant: str
+    """With whose calls it may share what the cache keeps."""
     unfinished: int
     """Sequences that have not ended."""
     begun: bool = False
@@ -33,7 +35,7 @@ class OpenCall:
     @classmethod
     def of(cls, call: Call) -> OpenCall:
         who = call.caller.key_id or call.caller.address
-        return cls(call.id, call.priority, who, unfinished=len(call.inputs) * call.n)
+        return cls(call.id, call.priority, who, call.caller.tenant, unfinished=len(call.inputs) * call.n)
 
 
 @dataclass(eq=False)

@@ -203,7 +203,7 @@ class PagedScheduler(Scheduler):
         """Blocks for all that a sequence has; None where there is no room."""
         if len(self._rows) >= self.info.max_batch:
             return None
-        table = self._blocks.open(seq.tokens, "" if self._share else seq.key)
+        table = self._blocks.open(seq.tokens, "" if self._share else seq.call.tenant)
         # A block to grow for each that is under way; alone, a sequence always fits.
         spare = len(self._rows)
         more = self._blocks.needed(seq.length) - len(table.blocks)

@@ -49,8 +49,8 @@ def keys(request, hfms, serving) -> Callable[..., object]:
     if request.param == "server":
         where = ["--url", serving(env=env)]
 
-    def run(*args: str):
-        return hfms("keys", *args, *where, env=env)
+    def run(*args: str, **more):
+        return hfms("keys", *args, *where, env=env, **more)
 
     return run
 
@@ -204,25 +204,29 @@ def test_keys_move_to_another_store_and_go_on_to_be_good(hfms, tmp_path, serving
         assert url not in shown
 
 
-def test_an_import_replaces_only_when_told(hfms, tmp_path):
-    made = json.loads(hfms("keys", "create", "--json").stdout)
-    exported = hfms("keys", "export").stdout
-    hfms("keys", "revoke", made["key_id"])
-    refused = hfms("keys", "import", "-", stdin=exported)
+def test_an_import_replaces_only_when_told(keys):
+    made = json.loads(keys("create", "--cache-group", "team", "--json").stdout)
+    exported = keys("export").stdout
+    assert made["api_key"][15:-6] not in exported
+    keys("revoke", made["key_id"])
+    refused = keys("import", "-", stdin=exported)
     assert refused.returncode == 1
     assert "already" in refused.stderr
-    assert json.loads(hfms("keys", "list", "--json").stdout)[0]["status"] == "revoked"
-    assert hfms("keys", "import", "-", "--replace", stdin=exported).stdout == "1 imported, 0 there already\n"
-    assert json.loads(hfms("keys", "list", "--json").stdout)[0]["status"] == "active"
+    assert json.loads(keys("list", "--json").stdout)[0]["status"] == "revoked"
+    assert keys("import", "-", "--replace", stdin=exported).stdout == "1 imported, 0 there already\n"
+    [row] = json.loads(keys("list", "--json").stdout)
+    assert (row["status"], row["cache_group"]) == ("active", "team")
+    deeds = [line["action"] for line in json.loads(keys("audit", "--last", "4", "--json").stdout)]
+    assert deeds == ["key.export", "key.revoke", "key.import", "key.import"]  # the refused one, too
 
 
-def test_what_is_no_export_is_refused(hfms):
+def test_what_is_no_export_is_refused(keys):
     row = '[{"id": "%s", "digest": "%s", "policy": {"priority": %d}, "created_at": 1}]'
     digest = "0" * 64
     key_id = "a" * 12
     rows = [row % ("../x", digest, 1), row % (key_id, "hunter2", 1), row % (key_id, digest, 9)]
     for text in ("", "{}", "[{}]", "\xff", *rows):
-        done = hfms("keys", "import", "-", stdin=text)
+        done = keys("import", "-", stdin=text)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "`hfms keys export`" in done.stderr
         assert "hunter2" not in done.stderr

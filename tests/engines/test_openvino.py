@@ -285,6 +285,17 @@ def test_what_one_key_has_asked_saves_another_no_time_unless_all_keys_share(expo
     assert read == ([100, 4, 4] if all_keys else [100, 100, 4])
 
 
+def test_keys_of_one_group_save_each_other_time(export, monkeypatch):
+    model = scheduler(export, prefill_tokens=256)
+    read = reading(model, monkeypatch)
+    [prompt] = prompts(100)
+    for id, key, group in (("a", "one", "team"), ("b", "other", "team"), ("c", "team", "")):
+        asked = call(id, prompt, max_tokens=1, ignore_eos=True)
+        model.submit(msgspec.structs.replace(asked, caller=Caller(key_id=key, cache_group=group)))
+        drain(model)
+    assert read == [100, 4, 100]
+
+
 def test_without_prefix_cache_all_is_read_again(export, monkeypatch):
     model = scheduler(export, prefill_tokens=256, share=False)
     [prompt] = prompts(100)

@@ -205,6 +205,16 @@ def test_the_key_holds_model_parameters_and_tenant_and_not_the_calls_name(change
         assert key_of(changed, shared=True) != key_of(CALL, shared=False)
 
 
+def test_a_group_is_one_tenant_and_no_group_is_named_like_a_key():
+    def of(**who):
+        return key_of(msgspec.structs.replace(CALL, caller=Caller(**who)), shared=False)
+
+    assert of(key_id="a", cache_group="team") == of(key_id="b", cache_group="team")
+    assert of(key_id="a", cache_group="team") != of(key_id="a")
+    assert of(key_id="a", cache_group="b") != of(key_id="b")
+    assert of(key_id="a") != of(address="a")
+
+
 def test_anonymous_callers_of_two_addresses_are_two_tenants():
     one, other = (msgspec.structs.replace(CALL, caller=Caller(address=a)) for a in ("192.0.2.1", "192.0.2.2"))
     assert key_of(one, shared=False) != key_of(other, shared=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -14,11 +15,12 @@ from msgspec.structs import asdict, replace
 
 from hfms_cli import BadRequest
 from hfms_middleware.auth.audit import Actor, AuditLog, iso
-from hfms_middleware.auth.keys import PRIORITIES, Policy, StoredKey, new_secret
+from hfms_middleware.auth.keys import PRIORITIES, Policy, StoredKey, is_key_id, new_secret
 from hfms_middleware.auth.store import KeyStore, no_such_key
 
 LATEST = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Glob = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -36,12 +38,18 @@ class KeyRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """Tokens a minute."""
     daily_token_limit: Annotated[int, Meta(ge=1, le=1_000_000_000_000)] | None = None
     allowed_models: Annotated[list[Glob], Meta(max_length=1000)] = []
+    cache_group: Annotated[str, Meta(max_length=100)] = ""
+    """Keys of one group share what is cached of their prompts and answers."""
     expires_at: str | float | None = None
     """A date and time with its zone (ISO 8601), or Unix seconds."""
 
     def policy(self, now: float) -> Policy:
         """What is to be kept. Raises BadRequest for what the types cannot say."""
-        for field, texts in (("name", [self.name]), ("allowed_models", self.allowed_models)):
+        for field, texts in (
+            ("name", [self.name]),
+            ("allowed_models", self.allowed_models),
+            ("cache_group", [self.cache_group]),
+        ):
             if any(_CONTROLS.search(text) for text in texts):
                 raise BadRequest(f"`{field}` holds control characters.", param=field)
         expires_at = _time(self.expires_at)
@@ -55,6 +63,7 @@ class KeyRequest(Struct, kw_only=True, forbid_unknown_fields=True):
             tokens_per_minute=self.token_limit,
             tokens_per_day=self.daily_token_limit,
             allowed_models=tuple(self.allowed_models),
+            cache_group=self.cache_group,
             expires_at=expires_at,
         )
 
@@ -64,6 +73,14 @@ class RotateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     grace_seconds: Annotated[int, Meta(ge=0, le=30 * 86400)] = 0
     """How long the old secret stays good beside the new one."""
+
+
+class ImportRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /admin/keys/import`: what `GET /admin/keys/export` answers, and what to do with keys that are there."""
+
+    keys: list[StoredKey]
+    replace: bool = False
+    """Keys that are there and differ."""
 
 
 class KeyAdmin:
@@ -131,8 +148,11 @@ class KeyAdmin:
     def load(self, keys: list[StoredKey], *, replace_known: bool, actor: Actor) -> tuple[int, int]:
         """Keep exported keys; how many were new or replaced, and how many were there already, just so.
 
-        Raises Conflict at the first that is there and differs, unless it may be replaced.
+        Raises BadRequest before any is kept where one is no key, and Conflict at the first that is there and differs,
+        unless it may be replaced.
         """
+        for number, key in enumerate(keys):
+            _check_import(key, f"keys[{number}]")
         known = {key.id: key for key in self._store.changes(-1)[1]}
         done = 0
         for key in keys:
@@ -145,6 +165,10 @@ class KeyAdmin:
                 self._store.insert(key)
             done += 1
         return done, len(keys) - done
+
+    def audit(self, last: int) -> list[dict[str, Any]]:
+        """What administrators did on this machine, the newest last."""
+        return list(deque(self._audit.read(), maxlen=last))
 
     def _find(self, key_id: str) -> StoredKey:
         found = next((key for key in self._store.changes(-1)[1] if key.id == key_id), None)
@@ -170,6 +194,7 @@ def describe(key: StoredKey, now: float, used_at: float | None = None) -> dict[s
         "token_limit": policy.tokens_per_minute,
         "daily_token_limit": policy.tokens_per_day,
         "allowed_models": list(policy.allowed_models),
+        "cache_group": policy.cache_group,
         "created_at": iso(key.created_at),
         "created_by": key.created_by,
         "expires_at": when(policy.expires_at),
@@ -178,6 +203,15 @@ def describe(key: StoredKey, now: float, used_at: float | None = None) -> dict[s
         "old_secret_until": when(key.old_until),
         "last_used_at": when(used_at),
     }
+
+
+def _check_import(key: StoredKey, at: str) -> None:
+    """Raises BadRequest for what no export holds."""
+    digests = [key.digest, *([key.old_digest] if key.old_digest else [])]
+    texts = (key.policy.name, key.policy.cache_group, key.created_by, *key.policy.allowed_models)
+    sound = is_key_id(key.id) and all(map(_DIGEST.fullmatch, digests)) and not any(map(_CONTROLS.search, texts))
+    if not sound or not 0 <= key.policy.priority < len(PRIORITIES):
+        raise BadRequest("This is not what `hfms keys export` writes.", param=at)
 
 
 def _priority(value: int | str) -> int:

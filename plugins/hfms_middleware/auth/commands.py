@@ -40,7 +40,6 @@ from hfms_middleware.auth.store import StoreUnavailable, no_such_key, open_store
 keys = typer.Typer(help="Create, list, revoke and rotate keys.", no_args_is_help=True)
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Server = Annotated[
     str | None, typer.Option("--url", help="Ask this running server; without it the configured store is used.")
@@ -56,6 +55,9 @@ class Keys(Protocol):
     def show(self, key_id: str) -> dict[str, Any]: ...
     def revoke(self, key_id: str) -> dict[str, Any]: ...
     def rotate(self, key_id: str, asked: dict[str, Any]) -> dict[str, Any]: ...
+    def export(self) -> list[StoredKey]: ...
+    def load(self, keys: list[StoredKey], *, replace_known: bool) -> tuple[int, int]: ...
+    def audit(self, last: int) -> list[dict[str, Any]]: ...
 
 
 class OfServer:
@@ -79,6 +81,18 @@ class OfServer:
 
     def rotate(self, key_id: str, asked: dict[str, Any]) -> dict[str, Any]:
         return self._ask(lambda c: c.post(f"/admin/keys/{_checked(key_id)}/rotate", asked))
+
+    def export(self) -> list[StoredKey]:
+        return msgspec.convert(self._ask(lambda c: c.get("/admin/keys/export"))["data"], list[StoredKey])
+
+    def load(self, keys: list[StoredKey], *, replace_known: bool) -> tuple[int, int]:
+        asked = {"keys": msgspec.to_builtins(keys), "replace": replace_known}
+        done = self._ask(lambda c: c.post("/admin/keys/import", asked))
+        return done["imported"], done["present"]
+
+    def audit(self, last: int) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = self._ask(lambda c: c.get(f"/admin/keys/audit?last={last}"))["data"]
+        return lines
 
     def _ask(self, question: Callable[[Client], Coroutine[Any, Any, Any]]) -> dict[str, Any]:
         import asyncio
@@ -114,6 +128,15 @@ class OfStore:
     def rotate(self, key_id: str, asked: dict[str, Any]) -> dict[str, Any]:
         return self._admin.rotate(key_id, parse_fields(RotateRequest, asked), _me())
 
+    def export(self) -> list[StoredKey]:
+        return self._admin.export(_me())
+
+    def load(self, keys: list[StoredKey], *, replace_known: bool) -> tuple[int, int]:
+        return self._admin.load(keys, replace_known=replace_known, actor=_me())
+
+    def audit(self, last: int) -> list[dict[str, Any]]:
+        return self._admin.audit(last)
+
 
 @keys.command()
 def create(
@@ -128,6 +151,9 @@ def create(
     model: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="A model it may use; may be given again. Default: all.")
     ] = None,
+    cache_group: Annotated[
+        str, typer.Option(metavar="NAME", help="Share cached prompts and answers with the keys of this group.")
+    ] = "",
     expires: Annotated[
         str | None, typer.Option(metavar="WHEN", help="In 12h, 30d, 8w; or a date and time with its zone.")
     ] = None,
@@ -144,6 +170,7 @@ def create(
         "token_limit": token_limit,
         "daily_token_limit": daily_token_limit,
         "allowed_models": model or [],
+        "cache_group": cache_group,
         "expires_at": _moment(expires),
     }
     _print_secret(_with(url, config, lambda k: k.create(asked)), as_json)
@@ -197,11 +224,11 @@ def export(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="A new file; by default standard output.")
     ] = None,
+    url: Server = None,
     config: ConfigFile = None,
 ) -> None:
-    """Write all keys of the configured store as JSON, to `import` them elsewhere. Digests, and no secrets."""
-    with _administration(load_config(config)) as admin:
-        data = msgspec.json.format(msgspec.json.encode(admin.export(_me())))
+    """Write all keys as JSON, to `import` them elsewhere. Digests, and no secrets."""
+    data = msgspec.json.format(msgspec.json.encode(_with(url, config, lambda k: k.export())))
     if file is None:
         sys.stdout.write(data.decode() + "\n")
         return
@@ -216,9 +243,10 @@ def export(
 def import_keys(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `hfms keys export` wrote; - is standard input.")],
     replace: Annotated[bool, typer.Option("--replace", help="Replace keys that are there and differ.")] = False,
+    url: Server = None,
     config: ConfigFile = None,
 ) -> None:
-    """Put exported keys into the configured store. Their secrets go on to be good."""
+    """Take in exported keys. Their secrets go on to be good."""
     try:
         found = msgspec.json.decode(
             sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes(), type=list[StoredKey]
@@ -227,23 +255,19 @@ def import_keys(
         raise BadRequest(f"{file} cannot be read: {exc.strerror}") from exc
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise BadRequest(f"{file} is not what `hfms keys export` writes: {exc}") from exc
-    for key in found:
-        digests = [key.digest, *([key.old_digest] if key.old_digest else [])]
-        if not is_key_id(key.id) or not all(_DIGEST.fullmatch(d) for d in digests) or not 0 <= key.policy.priority <= 3:
-            raise BadRequest(f"{file} is not what `hfms keys export` writes: the key {key.id!r} is none")
-    with _administration(load_config(config)) as admin:
-        done, left = admin.load(found, replace_known=replace, actor=_me())
+    done, left = _with(url, config, lambda k: k.load(found, replace_known=replace))
     typer.echo(f"{done} imported, {left} there already")
 
 
 @keys.command()
 def audit(
-    last: Annotated[int, typer.Option(min=1, help="How many lines, the newest last.")] = 50,
+    last: Annotated[int, typer.Option(min=1, max=10_000, help="How many lines, the newest last.")] = 50,
+    url: Server = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what administrators did on this machine."""
-    lines = list(AuditLog(load_config(config).state_dir / AUDIT_FILE, time.time).read())[-last:]
+    """Show what administrators did, on this machine or on the server's."""
+    lines = _with(url, config, lambda k: k.audit(last))
     if as_json:
         print_json(lines)
         return

@@ -40,6 +40,7 @@ class Policy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
     allowed_models: tuple[str, ...] = ()
+    cache_group: str = ""
     expires_at: float | None = None
     """Unix time; None: never."""
 
@@ -75,6 +76,7 @@ class StoredKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
             tokens_per_minute=p.tokens_per_minute,
             tokens_per_day=p.tokens_per_day,
             allowed_models=p.allowed_models,
+            cache_group=p.cache_group,
         )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jwt
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
-FIELDS = ("admin", "priority", "rate_limit", "token_limit", "daily_token_limit", "allowed_models")
+FIELDS = ("admin", "priority", "rate_limit", "token_limit", "daily_token_limit", "allowed_models", "cache_group")
 KEYS_SECONDS = 300.0
 """The provider's keys are fetched anew after so long."""
 AGAIN_SECONDS = 10.0
@@ -119,6 +119,7 @@ class Oidc:
             tokens_per_minute=policy.tokens_per_minute,
             tokens_per_day=policy.tokens_per_day,
             allowed_models=policy.allowed_models or nothing,
+            cache_group=policy.cache_group,
         )
 
     async def _key(self, kid: Any) -> jwt.PyJWK:

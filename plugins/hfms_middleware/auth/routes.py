@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from aiohttp import web
+from msgspec import Meta, Struct
 
 from hfms_cli import BadRequest, Forbidden, caller_of, parse, parse_fields, respond
-from hfms_middleware.auth.admin import KeyAdmin, KeyRequest, RotateRequest
+from hfms_middleware.auth.admin import ImportRequest, KeyAdmin, KeyRequest, RotateRequest
 from hfms_middleware.auth.audit import Actor
 from hfms_middleware.auth.keyring import Keyring
 
 T = TypeVar("T")
 ONE_KEY = "/admin/keys/{key_id:[0-9A-Za-z]{12}}"
 Deed = Callable[[web.Request, Actor], Awaitable[Any]]
+
+
+class AuditRequest(Struct, forbid_unknown_fields=True):
+    """The query of `GET /admin/keys/audit`."""
+
+    last: Annotated[int, Meta(ge=1, le=10_000)] = 50
+    """How many lines."""
 
 
 def add_routes(app: web.Application, admin: KeyAdmin, keyring: Keyring) -> None:
@@ -49,7 +58,22 @@ def add_routes(app: web.Application, admin: KeyAdmin, keyring: Keyring) -> None:
         asked = await _read(request, RotateRequest)
         return await change(admin.rotate, request.match_info["key_id"], asked, actor)
 
+    async def export(request: web.Request, actor: Actor) -> Any:
+        return {"object": "list", "data": await asyncio.to_thread(admin.export, actor)}
+
+    async def load(request: web.Request, actor: Actor) -> Any:
+        asked = parse(ImportRequest, await request.read())
+        done, present = await change(partial(admin.load, asked.keys, replace_known=asked.replace, actor=actor))
+        return {"imported": done, "present": present}
+
+    async def audit(request: web.Request, actor: Actor) -> Any:
+        asked = parse_fields(AuditRequest, _fields(request.query))
+        return {"object": "list", "data": await asyncio.to_thread(admin.audit, asked.last)}
+
     app.router.add_post("/admin/keys/generate", route(generate))
+    app.router.add_get("/admin/keys/export", route(export))
+    app.router.add_post("/admin/keys/import", route(load))
+    app.router.add_get("/admin/keys/audit", route(audit))
     app.router.add_get("/admin/keys/list", route(listed))
     app.router.add_get(ONE_KEY, route(show))
     app.router.add_post(f"{ONE_KEY}/revoke", route(revoke))

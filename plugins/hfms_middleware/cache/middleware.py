@@ -1,7 +1,7 @@
 """Answers that would come out the same again: kept, and made once for all who ask at the same time.
 
-Only what is deterministic: embeddings, and texts at temperature 0 or with a seed. An answer belongs to the caller's key
-(or address), unless `shared` says that all may see what others have asked.
+Only what is deterministic: embeddings, and texts at temperature 0 or with a seed. An answer belongs to the caller's
+key (or its group, or address), unless `shared` says that all may see what others have asked.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def key_of(call: Call, *, shared: bool) -> str:
 
     Everything of a call counts but its name and its turn, so that a parameter that calls learn later counts, too.
     """
-    tenant = None if shared else [call.caller.key_id, None if call.caller.key_id else call.caller.address]
+    tenant = None if shared else call.caller.tenant
     asked = msgspec.structs.replace(call, id="", model="", caller=Caller(), priority=1)
     # JSON with its keys in order: the same dict, written in another order, asks the same.
     plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")

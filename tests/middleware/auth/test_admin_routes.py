@@ -161,7 +161,8 @@ async def test_only_an_administrators_key_administers_keys(serve):
         user = {"headers": bearer(made["api_key"])}
         own = f"/admin/keys/{made['key_id']}"
         asked = (("POST", GENERATE), ("GET", "/admin/keys/list"), ("GET", own), ("POST", f"{own}/revoke"))
-        for method, path in (*asked, ("POST", f"{own}/rotate")):
+        more = (("GET", "/admin/keys/export"), ("POST", "/admin/keys/import"), ("GET", "/admin/keys/audit"))
+        for method, path in (*asked, *more, ("POST", f"{own}/rotate")):
             status, body = await server.request(method, path, **user)
             assert (status, body["error"]["code"]) == (403, "not_admin")
         assert (await server.get("/v1/models", **user))[0] == 200
@@ -173,6 +174,47 @@ async def test_without_any_key_nobody_makes_one_over_http(serve):
         status, body = await server.request("POST", GENERATE, data={"name": "x"})
         assert (status, body["error"]["code"]) == (403, "not_admin")
         assert "hfms keys create --admin" in body["error"]["message"]
+
+
+async def test_keys_go_from_one_server_to_another_by_its_routes(serve, tmp_path):
+    async with serve(env=ENV) as server:
+        _, made = await server.post(GENERATE, {"name": "n", "cache_group": "team"}, **AS_ADMIN)
+        _, exported = await server.get("/admin/keys/export", **AS_ADMIN)
+        assert exported["object"] == "list"
+    env = ENV | {"HFMS_STATE_DIR": str(tmp_path / "elsewhere")}
+    async with serve(env=env) as server:
+        moved = {"keys": exported["data"]}
+        assert await server.post("/admin/keys/import", moved, **AS_ADMIN) == (200, {"imported": 1, "present": 0})
+        assert await server.post("/admin/keys/import", moved, **AS_ADMIN) == (200, {"imported": 0, "present": 1})
+        assert (await server.get("/v1/models", headers=bearer(made["api_key"])))[0] == 200
+        _, audit = await server.get("/admin/keys/audit?last=1", **AS_ADMIN)
+        assert [line["action"] for line in audit["data"]] == ["key.import"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"id": "../../../x"}, "keys[1]"),
+        ({"digest": "hunter2"}, "keys[1]"),
+        ({"policy": {"priority": 9}}, "keys[1]"),
+        ({"policy": {"name": "a\nb"}}, "keys[1]"),
+        ({"policy": {"priority": "high"}}, "keys[1].policy.priority"),
+    ],
+)
+async def test_an_import_with_one_bad_key_keeps_none(serve, change, param):
+    good = {"id": "a" * 12, "digest": "0" * 64, "policy": {}, "created_at": 1}
+    async with serve(env=ENV) as server:
+        asked = {"keys": [good, good | {"id": "b" * 12} | change]}
+        status, body = await server.post("/admin/keys/import", asked, **AS_ADMIN)
+        assert (status, body["error"]["param"]) == (400, param)
+        assert (await server.get("/admin/keys/list", **AS_ADMIN))[1]["data"] == []
+
+
+@pytest.mark.parametrize("last", ["0", "-1", "ten", "10001"])
+async def test_the_number_of_audit_lines_is_checked(serve, last):
+    async with serve(env=ENV) as server:
+        status, body = await server.get(f"/admin/keys/audit?last={last}", **AS_ADMIN)
+        assert (status, body["error"]["param"]) == (400, "last")
 
 
 # The audit log.
