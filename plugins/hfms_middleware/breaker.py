@@ -4,7 +4,8 @@ closed --failures in a row--> open --seconds--> half-open --successes--> closed
                                 ^----- failure -----'
 
 Only what the engine did wrong counts. A refusal, a bad request, a full queue or a caller who left says nothing about
-it, neither for nor against. Half-open, one call at a time is let through to see.
+it, neither for nor against. Calls that were under way when one failed, and fail as well, tell nothing new: one crash is
+one failure, however many it takes along. Half-open, one call at a time is let through to see.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Breaker:
         self._probing = False
         # Grows whenever it opens or closes: what a call of an earlier period comes to says nothing about this one.
         self._period = 0
+        self._counted = 0
+        """Failures that counted, ever."""
 
     @property
     def state(self) -> str:
@@ -56,10 +59,11 @@ class Breaker:
             return "closed"
         return "half-open" if self._clock() >= self._opened_at + self._options.open_seconds else "open"
 
-    def enter(self) -> int:
+    def enter(self) -> tuple[int, int]:
         """Let a call through; `leave` takes what this returns. Raises Unavailable."""
+        entered = self._period, self._counted
         if self._opened_at is None:
-            return self._period
+            return entered
         wait = self._opened_at + self._options.open_seconds - self._clock()
         if wait > 0 or self._probing:
             raise Unavailable(
@@ -68,10 +72,11 @@ class Breaker:
                 retry_after=max(wait, 1.0),
             )
         self._probing = True
-        return self._period
+        return entered
 
-    def leave(self, period: int, good: bool | None) -> None:
+    def leave(self, entered: tuple[int, int], good: bool | None) -> None:
         """Say how a call that was let through went; None says nothing about the engine."""
+        period, counted = entered
         if period != self._period:
             return
         probe, self._probing = self._probing, False
@@ -83,8 +88,11 @@ class Breaker:
                 self._open()
             elif self._successes == self._options.successes:
                 self._close()
-        else:
-            self.failures = 0 if good else self.failures + 1
+        elif good:
+            self.failures = 0
+        elif counted == self._counted:
+            self._counted += 1
+            self.failures += 1
             if self.failures == self._options.failures:
                 self._open()
 
@@ -112,7 +120,7 @@ class CircuitBreaker(Middleware):
 
     async def call(self, call: Call, proceed: Proceed) -> AsyncIterator[Chunk]:
         breaker = self._breakers.get(call.model) or self._new(call.model)
-        period = breaker.enter()
+        entered = breaker.enter()
         good: bool | None = None
         try:
             async for chunk in proceed(call):
@@ -122,7 +130,7 @@ class CircuitBreaker(Middleware):
             good = False
             raise
         finally:
-            breaker.leave(period, good)
+            breaker.leave(entered, good)
 
     def _new(self, model: str) -> Breaker:
         """Models are named by the road, which has found them: callers cannot make up names."""

@@ -181,6 +181,20 @@ async def test_calls_from_before_it_opened_say_nothing_about_after(clock):
     assert state(breaker) == "half-open"
 
 
+async def test_calls_that_fail_together_are_one_failure(clock):
+    breaker = made(clock)
+    for failures in range(1, 5):
+        together = [breaker.call(CALL, DIED) for _ in range(9)]
+        for chunks in together:
+            await anext(chunks)
+        for chunks in together:
+            with pytest.raises(EngineDied):
+                await anext(chunks)
+        assert breaker.status()["models"]["m"] == {"state": "closed", "failures_in_a_row": failures}
+    await failed(breaker, 1)
+    assert state(breaker) == "open"
+
+
 @given(
     steps=st.lists(st.tuples(st.sampled_from(["enter", "good", "fault", "gone", "time"]), st.integers(0, 9))),
     failures=st.integers(1, 3),
@@ -260,16 +274,18 @@ async def killed(server: Server, calls: int) -> None:
     await until(lambda: model.state == "loaded" and model.host.pid != pid)
 
 
-async def test_a_killed_worker_opens_it_and_it_closes_when_the_new_one_answers(serve, clock):
-    async with serve("echo:a", toml="[engine.echo]\nstep_ms = 10\n") as server:
+async def test_a_worker_that_is_killed_again_opens_it_and_it_closes_when_the_new_one_answers(serve, clock):
+    async with serve("echo:a", toml="[engine.echo]\nstep_ms = 10\n[middleware.breaker]\nfailures = 2\n") as server:
         breaker_of(server)._clock = clock
         await killed(server, 5)
+        assert state(breaker_of(server), "echo:a") == "closed"  # one crash, however many calls it took along
+        await killed(server, 3)
         clock.now += 12
         async with server.session.post(server.url + "/v1/completions", json=COMPLETION) as response:
             assert (response.status, response.headers["Retry-After"]) == (503, "48")
             assert (await response.json())["error"]["code"] == "breaker_open"
         section = (await server.get("/status"))[1]["middleware"]["breaker"]
-        assert section["models"]["echo:a"] == {"state": "open", "failures_in_a_row": 5}
+        assert section["models"]["echo:a"] == {"state": "open", "failures_in_a_row": 2}
 
         async def metric() -> str:
             async with server.session.get(server.url + "/metrics") as response:
