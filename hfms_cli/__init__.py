@@ -68,6 +68,7 @@ from hfms_cli.types import (
     Quantize,
     Sampling,
     Task,
+    TokenLogprob,
 )
 from hfms_cli.version import __version__
 
@@ -152,6 +153,7 @@ __all__ = [
     "SeveralModels",
     "Storage",
     "Task",
+    "TokenLogprob",
     "Unauthorized",
     "Unavailable",
     "UnsafeFormat",

@@ -30,11 +30,14 @@ __all__ = [
     "Quantize",
     "Sampling",
     "Task",
+    "TokenLogprob",
 ]
 
 Task = Literal["generate", "embed", "score"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 FinishReason = Literal["stop", "length"]
+Octets = bytes
+"""Bytes, for structs that have a field of that name."""
 
 PRIORITIES = ("low", "normal", "high", "critical")
 """By rank: `Call.priority` and `Caller.priority` are indices of these."""
@@ -58,6 +61,17 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """For each token its log-probability, and those of so many of the likeliest (0: only its own).
+
+    Of what the model itself says, before temperature, penalties and masks; vLLM calls that `raw_logprobs`.
+    """
+    stop_token_ids: tuple[int, ...] = ()
+    """End the answer as the model's own do, also with `ignore_eos`."""
+    include_stop: bool = False
+    """Whether the stop string that was met is part of the answer."""
+    skip_special_tokens: bool = True
+    """Whether tokens such as `<|im_start|>` have no text in the answer."""
 
 
 class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -128,6 +142,22 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """0 LOW, 1 NORMAL, 2 HIGH, 3 CRITICAL: who goes first where there is not room for all."""
     digest: str = ""
     """Of the model and its precision, once the road knows: where it is the same, the same bytes answer."""
+    echo: bool = False
+    """Each answer begins with its prompt, and with logprobs those of the prompt's tokens. `max_tokens` may be 0."""
+
+
+class TokenLogprob(Struct, array_like=True, frozen=True):
+    """One token, and how likely the model found it."""
+
+    id: int
+    text: str
+    """For people: a part of a character is U+FFFD, a special token its name."""
+    bytes: Octets
+    """What it adds to the text; those of all tokens together are the text. Empty for special tokens."""
+    logprob: float | None
+    """None: the first of a prompt, which nothing comes before."""
+    top: list[tuple[int, str, Octets, float]] = []
+    """The likeliest tokens in its place, best first, as many as were asked for."""
 
 
 class Chunk(Struct, array_like=True, omit_defaults=True):
@@ -145,6 +175,8 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     score: float | None = None
     more: bool = False
     """What follows is here already: whoever sends this on may wait for it, and send both at once."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of the tokens whose text ends in this chunk; a token without text goes with the next that has some."""
 
     @property
     def begins(self) -> bool:

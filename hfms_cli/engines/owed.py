@@ -25,7 +25,8 @@ class Owed:
         self._answers: dict[int, int] = {}
         if call.task == "generate":
             for which, prompt in enumerate(prompts):
-                limit = call.sampling.max_tokens or max(1, context_length - prompt)
+                most = call.sampling.max_tokens
+                limit = max(1, context_length - prompt) if most is None else most
                 for choice in range(call.n):
                     self._answers[which * call.n + choice] = limit
         self.left = sum(prompts) + sum(self._answers.values())

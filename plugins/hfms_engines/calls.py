@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hfms_cli import Call
+from hfms_cli import Call, TokenLogprob
 
 
 @dataclass(eq=False)
@@ -14,6 +14,15 @@ class Prompt:
     ids: list[int]
     reported: bool = False
     """A chunk has told how many tokens it has."""
+    text: str = ""
+    """What its answers begin with, where that was asked for."""
+    scores: list[TokenLogprob] | None = None
+    """Where they were asked for: of its tokens from the first on, as far as it was read."""
+
+    @property
+    def unscored(self) -> bool:
+        """Whether it has to be read for the sake of its own tokens' logprobs."""
+        return self.scores is not None and len(self.scores) < len(self.ids)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ import json
 import re
 import struct
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,13 @@ from hfms_cli import (
     Pair,
     Progress,
     Task,
+    TokenLogprob,
     setting,
 )
 
 CONTEXT = 32_768
 DIMENSIONS = 8
+VOCABULARY = 50_000
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,26 @@ class Choice:
     limit: int
     endless: bool
     prompt_tokens: int
+    logprobs: int | None = None
+    prompt: list[str] | None = None
+    """Said first, where that was asked for."""
     said: int = 0
 
     def next(self) -> Chunk:
         """The next word, and whether it was the last."""
+        chunk = self._next() if self.limit else Chunk(index=self.index, finish_reason="length")
+        chunk.prompt_tokens, self.prompt_tokens = self.prompt_tokens, 0
+        if self.logprobs is not None and chunk.tokens:
+            chunk.logprobs = [scored(chunk.text, self.logprobs)]
+        if self.prompt is not None:
+            if self.logprobs is not None:
+                first, *others = self.prompt
+                words = [scored(first, None), *(scored(word, self.logprobs) for word in others)]
+                chunk.logprobs = words + (chunk.logprobs or [])
+            chunk.text, self.prompt = "".join(self.prompt) + chunk.text, None
+        return chunk
+
+    def _next(self) -> Chunk:
         word = self.words[self.said % len(self.words)]
         self.said += 1
         finish: Literal["stop", "length"] | None = None
@@ -69,8 +88,7 @@ class Choice:
             finish = "stop"
         elif self.said == self.limit:
             finish = "length"
-        prompt, self.prompt_tokens = self.prompt_tokens, 0
-        return Chunk(index=self.index, text=word, tokens=1, finish_reason=finish, prompt_tokens=prompt)
+        return Chunk(index=self.index, text=word, tokens=1, finish_reason=finish)
 
 
 def words_of(item: CallInput) -> list[str]:
@@ -83,6 +101,21 @@ def words_of(item: CallInput) -> list[str]:
     elif not isinstance(item, str):
         item = " ".join(map(str, item))
     return re.findall(r"\s*\S+\s*?|\s+", item) or [""]
+
+
+def token_id(word: str) -> int:
+    """The number of a word."""
+    return zlib.crc32(word.encode()) % VOCABULARY
+
+
+def scored(word: str, rivals: int | None) -> TokenLogprob:
+    """How likely a word is: the same each time. None of its rivals is as likely; None: it is the first of a prompt."""
+    if rivals is None:
+        return TokenLogprob(token_id(word), word, word.encode(), None)
+    logprob = -token_id(word) / VOCABULARY
+    names = [word] + [f"{word}#{k}" for k in range(1, rivals)]
+    top = [(token_id(name), name, name.encode(), logprob - k) for k, name in enumerate(names[:rivals])]
+    return TokenLogprob(token_id(word), word, word.encode(), logprob, top)
 
 
 def likeness(item: CallInput) -> float:
@@ -105,7 +138,7 @@ class EchoModel:
 
     def submit(self, call: Call) -> None:
         sampling = call.sampling
-        for name in ("stop", "min_tokens", "logit_bias"):
+        for name in ("stop", "min_tokens", "logit_bias", "stop_token_ids"):
             if getattr(sampling, name):
                 raise BadRequest(f"The echo engine does not support `{name}`.", param=name)
         if call.task == "score":
@@ -130,10 +163,12 @@ class EchoModel:
                     param="prompt",
                 )
             room = CONTEXT - len(words)
-            limit = min(sampling.max_tokens or room, room)
+            limit = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
             for k in range(call.n):
                 prompt = 0 if k else len(words)
-                self.queue.append(Choice(call.id, i * call.n + k, words, limit, sampling.ignore_eos, prompt))
+                choice = Choice(call.id, i * call.n + k, words, limit, sampling.ignore_eos, prompt, sampling.logprobs)
+                choice.prompt = words if call.echo else None
+                self.queue.append(choice)
         self.open[call.id] = len(call.inputs) * call.n
 
     def cancel(self, call_id: str) -> None:

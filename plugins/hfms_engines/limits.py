@@ -16,10 +16,12 @@ def check_call(call: Call, vocabulary: int) -> list[Entry]:
     if call.task != "generate":
         raise BadRequest(f"The model `{call.model}` generates text; it cannot be used to {call.task}.", param="model")
     sampling = call.sampling
-    if sampling.max_tokens is not None and sampling.max_tokens < 1:
-        raise BadRequest("`max_tokens` must be 1 or more.", param="max_tokens")
+    if sampling.max_tokens is not None and sampling.max_tokens < (0 if call.echo else 1):
+        raise BadRequest("`max_tokens` must be 1 or more; 0 is for `echo`.", param="max_tokens")
     for token in sampling.logit_bias or ():
         check_token(token, vocabulary, "logit_bias")
+    for token in sampling.stop_token_ids:
+        check_token(token, vocabulary, "stop_token_ids")
     entries: list[Entry] = []
     for entry in call.inputs:
         if isinstance(entry, Pair):

@@ -66,7 +66,14 @@ GREEDY = 1e-5
 # The other engines' order, which is vLLM's; llama.cpp's own applies the temperature last.
 SAMPLERS = ("penalties", "temperature", "min_p", "top_k", "top_p")
 # What llama.cpp cannot do as asked, with what it should be.
-REFUSED = {"min_tokens": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+REFUSED: dict[str, Any] = {
+    "min_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logprobs": None,
+    "stop_token_ids": (),
+    "skip_special_tokens": True,
+}
 
 
 # --- what llama.cpp says, as far as it is needed ---
@@ -181,13 +188,12 @@ class LlamaCpp:
         entries = limits.check_call(call, self._vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
-        for name, usual in REFUSED.items():
-            if getattr(call.sampling, name) != usual:
-                raise BadRequest(
-                    f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the"
-                    " model.",
-                    param=name,
-                )
+        asked = [name for name, usual in REFUSED.items() if getattr(call.sampling, name) != usual]
+        for name in asked + ["echo"] * call.echo:
+            raise BadRequest(
+                f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the model.",
+                param=name,
+            )
         prompts = [Prompt(self._tokens(entry)) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
@@ -197,7 +203,7 @@ class LlamaCpp:
         for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
                 request = self._request(prompt.ids, limit, call.sampling, choice=k)
-                stops = StopStrings(call.sampling.stop)
+                stops = StopStrings(call.sampling.stop, include=call.sampling.include_stop)
                 self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops))
 
     def _tokens(self, entry: limits.Entry) -> list[int]:

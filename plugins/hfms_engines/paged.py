@@ -13,6 +13,7 @@ of those under way waits again and later reads again what is not kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from hfms_engines.scheduler import Event, Scheduler, Seq
 from hfms_engines.speculate import Guesser
 
 if TYPE_CHECKING:
+    import torch
+
     from hfms_cli import LoadedInfo
     from hfms_engines.openvino_runner import Runner
 
@@ -37,6 +40,8 @@ class _Piece:
     guesses: list[int]
     tail: int
     """Tokens that the pass chooses, if every guess is right."""
+    scored: int = 0
+    """Tokens before the tail whose logits tell of a prompt that logprobs were asked for of."""
 
 
 class PagedScheduler(Scheduler):
@@ -79,14 +84,17 @@ class PagedScheduler(Scheduler):
             return events
         began = self._clock()
         choosing = [p for p in pieces if p.tail]
+        scores: list[Callable[[], None]] = []
 
         def work() -> list[int]:
             logits = self._runner.forward(
                 [p.tokens for p in pieces],
                 starts=[p.seq.cached for p in pieces],
                 tables=[self._tables[p.seq].blocks for p in pieces],
-                tails=[p.tail for p in pieces],
+                tails=[p.scored + p.tail for p in pieces],
             )
+            if any(p.scored for p in pieces):
+                logits = self._without_scored(pieces, logits, scores)
             return self._choose(logits, [p.seq for p in choosing for _ in range(p.tail)])
 
         chosen = self._attempt(work, [p.seq for p in pieces], events)
@@ -95,10 +103,26 @@ class PagedScheduler(Scheduler):
         read = sum(len(p.tokens) for p in pieces if len(p.tokens) - len(p.guesses) > 1)
         beside = any(len(p.tokens) - len(p.guesses) == 1 for p in pieces)
         self._pace.took(self._clock() - began, read, beside)
+        for keep in scores:
+            keep()
         said = iter(chosen)
         for piece in pieces:
             self._conclude(piece, [next(said) for _ in range(piece.tail)], events)
         return events
+
+    def _without_scored(
+        self, pieces: list[_Piece], logits: torch.Tensor, scores: list[Callable[[], None]]
+    ) -> torch.Tensor:
+        """Look at the rows that tell of prompts, and return those that tokens are chosen from."""
+        at = 0
+        choosing: list[int] = []
+        for piece in pieces:
+            if piece.scored:
+                scores.append(self._score_prompt(piece.seq, logits[at : at + piece.scored]))
+            at += piece.scored
+            choosing += range(at, at + piece.tail)
+            at += piece.tail
+        return logits[choosing]
 
     def _conclude(self, piece: _Piece, chosen: list[int], events: list[Event]) -> None:
         """Take what the pass says of one sequence: tokens up to the first that was guessed wrong."""
@@ -139,9 +163,11 @@ class PagedScheduler(Scheduler):
                 break
             if seq not in taking_part:
                 continue
-            tokens = seq.tokens[seq.cached : seq.cached + most]
+            width = min(most, self._score_tokens) if seq.prompt.unscored else most
+            tokens = seq.tokens[seq.cached : seq.cached + width]
             most -= len(tokens)
-            pieces.append(_Piece(seq, tokens, [], int(seq.cached + len(tokens) == seq.length)))
+            tail, scored = int(seq.cached + len(tokens) == seq.length), self._to_score(seq, len(tokens))
+            pieces.append(_Piece(seq, tokens, [], tail, scored))
         return pieces
 
     def _taking_part(self, reading: list[Seq], most: int) -> list[Seq]:
@@ -203,7 +229,9 @@ class PagedScheduler(Scheduler):
         """Blocks for all that a sequence has; None where there is no room."""
         if len(self._rows) >= self.info.max_batch:
             return None
-        table = self._blocks.open(seq.tokens, "" if self._share else seq.call.tenant)
+        # What blocks hold already cannot be scored.
+        known = [] if seq.prompt.unscored else seq.tokens
+        table = self._blocks.open(known, "" if self._share else seq.call.tenant)
         # A block to grow for each that is under way; alone, a sequence always fits.
         spare = len(self._rows)
         more = self._blocks.needed(seq.length) - len(table.blocks)

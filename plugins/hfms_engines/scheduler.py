@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,12 +30,14 @@ from hfms_cli import (
     HfmsError,
     LoadedInfo,
     Sampling,
+    TokenLogprob,
 )
 from hfms_engines import limits
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
-from hfms_engines.text import Detokenizer, StopStrings
+from hfms_engines.text import Detokenizer, StopStrings, Withheld, decoder_of
+from hfms_engines.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,9 @@ log = logging.getLogger("hfms.engine")
 
 T = TypeVar("T")
 Event = tuple[str, Chunk | HfmsError | None]
+
+# Numbers in the logits of prompts that one pass makes at most, 128 MiB of them: a prompt is read in pieces for that.
+_LOGITS = 2**25
 
 # fmt: off
 # What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
@@ -69,6 +74,11 @@ class Seq(Choice):
     """Tokens whose keys and values are in the cache."""
     order: int = 0
     """When it was let in; the newest has the highest."""
+    echo: bool = False
+    """Its prompt is still to be said."""
+    scores: deque[TokenLogprob] = field(default_factory=deque)
+    """Of the tokens that it takes next, where logprobs were asked for."""
+    unsaid: Withheld[TokenLogprob] = field(default_factory=Withheld)
 
     @property
     def tokens(self) -> list[int]:
@@ -80,6 +90,8 @@ class Seq(Choice):
 
     def take(self, token: int) -> Chunk:
         """Go on by a token; the chunk's finish reason says whether it was the last."""
+        if not self.limit:  # only the prompt was asked about
+            return Chunk(index=self.index, finish_reason="length", text=self.prompt.text, logprobs=self.prompt.scores)
         self.made.append(token)
         self.sampler.took(token)
         ended = token in self.stop_ids
@@ -87,18 +99,28 @@ class Seq(Choice):
         text = "" if ended else self.words.feed(token)
         if last:
             text += self.words.flush()
+        if self.scores:
+            self.unsaid.feed(self.scores.popleft(), len(text))
         stopped = False
         # As in vLLM: what is said before the least length is reached cannot be part of a stop string.
         if len(self.made) > self.sampler.sampling.min_tokens:
             text, stopped = self.stops.feed(text)
             if last and not stopped:
                 text += self.stops.flush()
-        return Chunk(
+        chunk = Chunk(
             index=self.index,
             text=text,
             tokens=1,
             finish_reason="stop" if ended or stopped else "length" if last else None,
         )
+        if self.sampler.sampling.logprobs is not None:
+            chunk.logprobs = self.unsaid.rest() if chunk.finish_reason else self.unsaid.shown(self.stops.held)
+        if self.echo:
+            self.echo = False
+            chunk.text = self.prompt.text + chunk.text
+            if chunk.logprobs is not None:
+                chunk.logprobs = (self.prompt.scores or []) + chunk.logprobs
+        return chunk
 
 
 class AnyRunner(Protocol):
@@ -141,10 +163,14 @@ class Scheduler(ABC):
         stall_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        from hfms_engines import sampling
+        from hfms_engines import logprobs, sampling
 
         self.info = info
         self._runner = runner
+        self._vocabulary = Vocabulary(runner.tokenizer, runner.silent_ids)
+        self._scored = logprobs.scored
+        self._score_tokens = max(1, _LOGITS // runner.vocabulary)
+        """Tokens of a prompt that a pass may tell the logprobs of."""
         self._sample = sampling.sample
         self._sampler = sampling.Sampler
         self._clock = clock
@@ -174,7 +200,7 @@ class Scheduler(ABC):
         entries = limits.check_call(call, self._runner.vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
-        prompts = [Prompt(self._tokens(entry)) for entry in entries]
+        prompts = [self._prompt(call, self._tokens(entry), entry) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
@@ -182,19 +208,35 @@ class Scheduler(ABC):
         self._calls[call.id] = kept = OpenCall.of(call)
         for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
             for k in range(call.n):
-                self._line.enter(self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling))
+                seq = self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling)
+                seq.echo = call.echo
+                self._line.enter(seq)
+
+    def _prompt(self, call: Call, ids: list[int], entry: limits.Entry) -> Prompt:
+        prompt = Prompt(ids)
+        if call.echo:
+            prompt.text = entry if isinstance(entry, str) else self._runner.decode(ids)
+            if call.sampling.logprobs is not None and ids:
+                prompt.scores = [TokenLogprob(ids[0], *self._vocabulary.first(ids[0]), None)]
+        return prompt
 
     def _sequence(self, call: OpenCall, index: int, choice: int, prompt: Prompt, limit: int, sampling: Sampling) -> Seq:
         runner = self._runner
+        special = not sampling.skip_special_tokens
+        stop_ids = runner.stop_ids.union(sampling.stop_token_ids)
         return Seq(
             call,
             index,
             prompt,
             limit,
-            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=runner.stop_ids, choice=choice),
-            words=Detokenizer(runner.decode, skip=runner.silent_ids, context=prompt.ids),
-            stops=StopStrings(sampling.stop),
-            stop_ids=frozenset() if sampling.ignore_eos else runner.stop_ids,
+            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=stop_ids, choice=choice),
+            words=Detokenizer(
+                decoder_of(runner.tokenizer, special=True) if special else runner.decode,
+                skip=() if special else runner.silent_ids,
+                context=prompt.ids,
+            ),
+            stops=StopStrings(sampling.stop, include=sampling.include_stop),
+            stop_ids=frozenset(sampling.stop_token_ids) if sampling.ignore_eos else stop_ids,
         )
 
     def _tokens(self, entry: limits.Entry) -> list[int]:
@@ -296,8 +338,40 @@ class Scheduler(ABC):
         return share[one.key] > share[other.key] + 1 and self._line.had(one.key) >= self._line.had(other.key)
 
     def _choose(self, logits: torch.Tensor, seqs: Sequence[Seq]) -> list[int]:
+        """The next token of each row. Where they are wanted, its logprobs wait with its sequence, to be taken along."""
+        wanted = [i for i, s in enumerate(seqs) if s.sampler.sampling.logprobs is not None]
+        raw = logits[wanted] if wanted else None  # a copy: choosing changes what it chooses from
         tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
+        if raw is not None:
+            tops = [seqs[i].sampler.sampling.logprobs or 0 for i in wanted]
+            scores = self._scored(raw, [max(0, tokens[i]) for i in wanted], tops, self._vocabulary)
+            for i in wanted:
+                seqs[i].scores.clear()  # what a guess that was wrong has left
+            for i, score in zip(wanted, scores, strict=True):
+                seqs[i].scores.append(score)
         return tokens
+
+    @staticmethod
+    def _to_score(seq: Seq, read: int) -> int:
+        """How many of the next `read` tokens of a sequence, counted from the last, tell of a prompt's unscored ones."""
+        if not seq.prompt.unscored:
+            return 0
+        end = min(seq.cached + read, len(seq.prompt.ids) - 1)
+        return max(0, end - max(seq.cached, len(seq.prompt.scores or ()) - 1))
+
+    def _score_prompt(self, seq: Seq, logits: torch.Tensor) -> Callable[[], None]:
+        """How likely a prompt's next tokens were by these rows; what is returned keeps that, once the pass is over."""
+        prompt = seq.prompt
+        assert prompt.scores is not None
+        at = len(prompt.scores)
+        ids = prompt.ids[at : at + logits.shape[0]]
+        scores = self._scored(logits, ids, [seq.sampler.sampling.logprobs or 0] * len(ids), self._vocabulary)
+
+        def keep() -> None:
+            assert prompt.scores is not None
+            prompt.scores += scores[len(prompt.scores) - at :]  # another choice may have read the same in this pass
+
+        return keep
 
     def _attempt(self, work: Callable[[], T], seqs: Sequence[Seq], events: list[Event]) -> T | None:
         """Do work on the device; where it fails, give up no more calls than needed, and return None.

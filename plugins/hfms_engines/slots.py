@@ -14,7 +14,7 @@ room for it as it is. If those under way outgrow the cache, the last of them wai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from hfms_engines.scheduler import Event, Scheduler, Seq
@@ -74,18 +74,26 @@ class SlotScheduler(Scheduler):
         readers = self._readers(self._filling)
         copiers = [s for s in self._filling if s not in readers]
         family = readers + copiers
+        if readers[0].prompt.unscored:  # and so alone
+            most = min(most, self._score_tokens)
         width = min(most, max(s.length - s.cached for s in readers))
         pieces = [s.tokens[s.cached : s.cached + width] for s in readers]
         last = all(s.cached + len(piece) == s.length for s, piece in zip(readers, pieces, strict=True))
+
+        scored = self._to_score(readers[0], width)
+        scores: list[Callable[[], None]] = []
 
         def work() -> list[int]:
             short = [width - len(piece) for piece in pieces]
             tokens = [piece[:1] * n + piece for n, piece in zip(short, pieces, strict=True)]
             starts = [s.cached - n for n, s in zip(short, readers, strict=True)]
             first = len(self._rows)
-            logits = self._forward(tokens, starts, first=first)
+            logits = self._forward(tokens, starts, first=first, tail=scored + last if scored else 1)
+            if scored:
+                scores.append(self._score_prompt(readers[0], logits[:scored]))
             if not last:
                 return []
+            logits = logits[-len(readers) :]
             source = [next(i for i, r in enumerate(readers) if r.prompt is s.prompt and not r.made) for s in copiers]
             for slot, i in enumerate(source, first + len(readers)):
                 self._cache.copy(first + i, slot, readers[i].length)
@@ -95,6 +103,8 @@ class SlotScheduler(Scheduler):
         if tokens is None:
             return
         self._pace.took(self._clock() - began, width * len(readers), answering=False)
+        for keep in scores:
+            keep()
         for seq, piece in zip(readers, pieces, strict=True):
             self._was_read(seq, len(piece))
         if last:
@@ -112,15 +122,16 @@ class SlotScheduler(Scheduler):
             first.setdefault(id(seq if seq.made else seq.prompt), seq)
         return list(first.values())
 
-    def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int) -> torch.Tensor:
+    def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int, tail: int = 1) -> torch.Tensor:
         self._cache.reserve(*self._slots())
-        return self._runner.forward(tokens, starts, first)
+        return self._runner.forward(tokens, starts, first, tail=tail)
 
     def _admit(self, most: int, events: list[Event]) -> None:
         """Let in the first in line: as many as there are slots and room for, and as one pass can read."""
         while (seq := self._line.first()) is not None:
             readers = self._readers([*self._filling, seq])
-            if len(readers) > 1 and len(readers) * max(s.length for s in readers) > most:
+            together = len(readers) * max(s.length for s in readers) <= most
+            if len(readers) > 1 and (not together or any(s.prompt.unscored for s in readers)):
                 return
             while not self._fits(seq):
                 other = self._yielding(seq)
@@ -132,8 +143,8 @@ class SlotScheduler(Scheduler):
 
     def _fits(self, seq: Seq) -> bool:
         used = [*self._rows, *self._filling, seq]
-        longest = max(s.length for s in used)
-        return len(used) <= self.info.max_batch and self._cache.fits(len(used), longest + 1)
+        longest = max(s.length + min(s.limit, 1) for s in used)
+        return len(used) <= self.info.max_batch and self._cache.fits(len(used), longest)
 
     # --- slots ---
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 _BROKEN = "\ufffd"
 # So many of a prompt's last tokens surely hold a whole character, be they bytes.
 CONTEXT = 16
 
 
-def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Tokens to text, special ones left out, as transformers' tokenizer does it.
+def decoder_of(tokenizer: Any, *, special: bool = False) -> Callable[[list[int]], str]:
+    """Tokens to text, special ones left out unless they are wanted, as transformers' tokenizer does it.
 
     Where that only passes them on to one in Rust, this asks it directly: twice as fast, and done twice a token.
     """
@@ -20,8 +22,8 @@ def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
 
     kind = type(tokenizer)
     if all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")):
-        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
-    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=not special)
+    return partial(tokenizer.decode, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 class Detokenizer:
@@ -79,9 +81,16 @@ class StopStrings:
     answer does not depend on how the text was cut.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """include: whether the text ends with the stop string that was met, and not before it."""
         self._stops = [s for s in stops if s]
+        self._include = include
         self._held = ""
+
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that may be shown now, and whether a stop string was met. After that, feed no more."""
@@ -89,7 +98,8 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, begin = min(found)
+            return text[: end if self._include else begin], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -98,6 +108,40 @@ class StopStrings:
         """What was held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held
+
+
+class Withheld(Generic[T]):
+    """What is to be told of tokens, kept until their text is shown.
+
+    A token goes out with the last character of its text; one that adds none, such as a part of a character, with the
+    next that does.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+        self._ends: list[int] = []
+        """Where the text of an item ends; those of the last items are not known yet."""
+        self._fed = 0
+
+    def feed(self, item: T, characters: int) -> None:
+        """One more token, with which the text has grown by so many characters."""
+        self._items.append(item)
+        if characters:
+            self._fed += characters
+            self._ends += [self._fed] * (len(self._items) - len(self._ends))
+
+    def shown(self, held: int) -> list[T]:
+        """Items whose text is out, where so many characters of it are still held back."""
+        count = sum(end <= self._fed - held for end in self._ends)
+        out, self._items = self._items[:count], self._items[count:]
+        del self._ends[:count]
+        return out
+
+    def rest(self) -> list[T]:
+        """All that is left, at the end."""
+        out, self._items = self._items, []
+        self._ends.clear()
+        return out
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -257,20 +257,23 @@ class Runner:
         known = inspect.signature(model.forward).parameters
         # A model that brings its own code may know the cache by its name of before.
         self._cache_name = "cache" if "cache" in known or "past_key_values" not in known else "past_key_values"
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._keeps = "logits_to_keep" in known
 
     @_inference
-    def forward(self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0) -> torch.Tensor:
-        """Run the rows in slots `first` and up, and return the logits of each row's last token.
+    def forward(
+        self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0, *, tail: int = 1
+    ) -> torch.Tensor:
+        """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
 
         tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
-        Returns [rows, vocabulary] float32.
+        Returns [rows * tail, vocabulary] float32.
         """
         self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
         ids = torch.tensor(tokens, device=self.device)
         cache = {self._cache_name: self.cache}
-        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **self._keep)
-        return out.logits[:, -1].float()
+        keep = {"logits_to_keep": tail} if self._keeps else {}
+        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **keep)
+        return out.logits[:, -tail:].flatten(0, 1).float()
 
     def weights_bytes(self) -> int:
         """Bytes of parameters and buffers."""

@@ -460,9 +460,9 @@ def passes(model, monkeypatch) -> list[tuple[int, int]]:
     seen = []
     forward = model._runner.forward
 
-    def watched(tokens, starts, first=0):
+    def watched(tokens, starts, first=0, **rest):
         seen.append((len(tokens), len(tokens[0])))
-        return forward(tokens, starts, first)
+        return forward(tokens, starts, first, **rest)
 
     monkeypatch.setattr(model._runner, "forward", watched)
     return seen

@@ -197,7 +197,8 @@ def most_tokens(call: Call, reserve_tokens: int) -> int:
     )
     if call.task != "generate":
         return prompts
-    return prompts + len(call.inputs) * call.n * (call.sampling.max_tokens or reserve_tokens)
+    most = reserve_tokens if call.sampling.max_tokens is None else call.sampling.max_tokens
+    return prompts + len(call.inputs) * call.n * most
 
 
 def tell(taken: Taken) -> None:
