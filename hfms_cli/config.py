@@ -37,6 +37,9 @@ class ServerConfig:
     )
     max_body_bytes: int = setting(32 * 2**20, "Longest request body, in bytes.", ge=1024)
     drain_seconds: float = setting(30.0, "How long calls in flight may go on after Ctrl-C or SIGTERM.", ge=0)
+    keep_alive_seconds: float = setting(
+        15.0, "A stream that has been silent for so long sends a comment, lest a proxy cut it; 0: never.", ge=0
+    )
 
     @property
     def loopback_only(self) -> bool:

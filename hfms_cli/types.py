@@ -5,6 +5,8 @@ Everything here is a msgspec Struct, so that it can cross the wire to an engine'
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -144,6 +146,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the model and its precision, once the road knows: where it is the same, the same bytes answer."""
     echo: bool = False
     """Each answer begins with its prompt, and with logprobs those of the prompt's tokens. `max_tokens` may be 0."""
+    suffix: str = ""
+    """What comes after the answer: the model fills in the middle."""
 
 
 class TokenLogprob(Struct, array_like=True, frozen=True):
@@ -229,6 +233,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
         """Bytes in all."""
         return sum(f.size for f in self.files)
 
+    def digest_of(self, paths: Sequence[str]) -> str:
+        """SHA-256, in hex, of some files' names and hashes; of a file without one, its size and the revision."""
+        files = sorted((f.path, f.sha256 or f"{f.size} {self.revision}") for f in self.files if f.path in paths)
+        told = [part for file in files for part in file] or [self.revision]
+        return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
 
 class ModelCard(Struct, frozen=True, kw_only=True):
     """What a model's own files say of it, read without torch."""
@@ -313,3 +323,5 @@ class LoadedInfo(Struct, frozen=True, kw_only=True):
     """What that has cost, where it was measured."""
     weights_bytes: int = 0
     """Bytes that one token of one stream reads of the weights; 0: unknown."""
+    template: str = ""
+    """The chat template's own text; empty where there is none. It says which format calls and reasoning have."""

@@ -108,6 +108,13 @@ class ServedModel:
         told = (manifest.storage, str(manifest.name), manifest.revision, *engines)
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
+    @property
+    def weights(self) -> str:
+        """SHA-256, in hex, of the weights' names and hashes; of a file without one, its size and the revision."""
+        self.host_now()
+        placement = self.replicas[0].placement
+        return placement.manifest.digest_of(placement.card.weights)
+
     def host_now(self) -> EngineHost:
         """The engine that the next call goes to. Raises LoadFailed or Unavailable."""
         if not self.unloading and (hosts := self.hosts):

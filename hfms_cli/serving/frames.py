@@ -54,6 +54,7 @@ class Leased(Struct, tag=True):
     """Its id."""
     digest: str
     info: LoadedInfo
+    weights: str
 
 
 class Say(Struct, array_like=True, omit_defaults=True):

@@ -27,6 +27,7 @@ class LeasedModel:
 
     def __init__(self, pool: OwnersPool, leased: frames.Leased) -> None:
         self.id, self.digest, self.info = leased.model, leased.digest, leased.info
+        self.weights = leased.weights
         self._pool = pool
         self._lease = leased.number
 

@@ -186,7 +186,7 @@ class Front:
             async with self._runtime.pool.lease(name, caller) as model:
                 self._leased[number] = model
                 try:
-                    self._send(frames.Leased(number, model.id, model.digest, model.info))
+                    self._send(frames.Leased(number, model.id, model.digest, model.info, model.weights))
                     await asyncio.Event().wait()
                 finally:
                     del self._leased[number]

@@ -14,7 +14,8 @@ from typing import Protocol
 import msgspec
 
 from hfms_cli.errors import BadRequest, HfmsError
-from hfms_cli.hookspecs import Middleware, Proceed
+from hfms_cli.hookspecs import Middleware, Proceed, exchange
+from hfms_cli.serving.receipt import RECEIPT, receipt
 from hfms_cli.telemetry.metrics import Metrics
 from hfms_cli.types import Call, Caller, Chunk, LoadedInfo, Task
 
@@ -27,6 +28,9 @@ class Model(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    @property
+    def weights(self) -> str: ...
 
     @property
     def info(self) -> LoadedInfo: ...
@@ -73,6 +77,7 @@ class Road:
             self._refuse_unfit(call, model)
             # An alias and the name behind it are one model to every middleware.
             call = msgspec.structs.replace(call, model=model.id, digest=model.digest)
+            exchange().answer[RECEIPT] = receipt(model.weights, model.info, call)
             chunks = _open(opened, self._chain(model), call)
             with self._metrics.call(model.id, self._clock) as measure:
                 async for chunk in chunks:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager, aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -51,7 +52,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def completions(request: web.Request) -> web.StreamResponse:
     body = parse(CompletionRequest, await request.read())
     call = _call_of(request, body, "cmpl")
-    return await _generate(request, body, call, CompletionShape(call))
+    best = (body.n or 1) if body.chooses else None
+    shape = CompletionShape(call, best=best, logprobs=body.logprobs is not None)
+    return await _generate(request, body, call, shape)
 
 
 @calls.post("/v1/embeddings")
@@ -168,21 +171,27 @@ async def _generate(
             async for chunk in chunks:
                 tally.add(chunk)
     log_of(request).update(tally.log())
-    return respond(shape.whole(tally, len(call.inputs) * call.n))
+    return respond(shape.whole(tally))
 
 
 async def _stream(
     request: web.Request, shape: ChatShape | CompletionShape, chunks: AsyncIterator[Chunk], options: StreamOptions
 ) -> web.StreamResponse:
-    """Each chunk as an event. An error before the first is an ordinary answer; after it, the stream's last event."""
-    stream = EventStream(request, shape.head(shape.chunk_object))
+    """Each chunk as an event. An error before the first is an ordinary answer; after it, the stream's last event.
+
+    A chat's first event has its role, and goes out when the model begins to read. Whoever waits for long hears
+    comments, and then an error is an event, too.
+    """
+    stream = EventStream(
+        request,
+        partial(shape.head, shape.chunk_object),
+        keep_alive_seconds=request.app[SERVING].config.server.keep_alive_seconds,
+    )
     tally = Tally()
     done = False
     try:
         async for chunk in chunks:
             tally.add(chunk)
-            if chunk.begins:
-                continue
             events = shape.events(chunk)
             if options.include_usage:
                 so_far = {"usage": tally.usage() if options.continuous_usage_stats else None}
@@ -204,6 +213,7 @@ async def _stream(
         log.exception("stream failed", request_id=request[REQUEST_ID])
         stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
     finally:
+        stream.rest()
         log_of(request).update(tally.log())
     return await stream.close(done=done)
 

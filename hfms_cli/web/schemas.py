@@ -23,6 +23,8 @@ Prompt = str | list[str | Natural | list[Natural]]
 
 Priority = Literal["low", "normal", "high", "critical", "LOW", "NORMAL", "HIGH", "CRITICAL"]
 
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_REPLICAS = 256
@@ -52,6 +54,9 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     min_tokens: Natural | None = None
+    stop_token_ids: list[Natural] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     max_tokens: Positive | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -59,7 +64,6 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
     user: str | None = None
     priority: Priority | None = None
     # Not served yet: only the value that asks for nothing is taken.
-    logprobs: Any = None
     store: Any = None
     metadata: Any = None
     service_tier: Any = None
@@ -67,13 +71,12 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
     def unsupported(self) -> dict[str, tuple[Any, ...]]:
         """Fields that are known and not served, with the values that ask for nothing."""
         return {
-            "logprobs": (None, False),
             "store": (None, False),
             "metadata": (None, {}),
             "service_tier": (None, "auto", "default"),
         }
 
-    def sampling(self, max_tokens: int | None) -> Sampling:
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """The engine's view. Raises BadRequest for what the types cannot say."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or "" in stop:
@@ -95,6 +98,10 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
             "ignore_eos": self.ignore_eos,
             "min_tokens": self.min_tokens,
             "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
         }
         return Sampling(stop=tuple(stop), **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
 
@@ -111,28 +118,43 @@ class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/completions`."""
 
     prompt: Prompt
-    best_of: Any = None
-    echo: Any = None
-    suffix: Any = None
-
-    def unsupported(self) -> dict[str, tuple[Any, ...]]:
-        return Generate.unsupported(self) | {
-            "best_of": (None, 1, self.n),
-            "echo": (None, False),
-            "suffix": (None, ""),
-        }
+    max_tokens: Natural | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
 
     def call(self, call_id: str, caller: Caller) -> Call:
         _refuse_unsupported(self)
+        self._check()
+        # The best are those that the model finds likeliest, so it has to tell.
+        logprobs = self.logprobs if self.logprobs is not None or not self.chooses else 0
         return Call(
             id=call_id,
             model=self.model,
             task="generate",
             inputs=inputs_of(self.prompt, "prompt"),
-            sampling=self.sampling(16 if self.max_tokens is None else self.max_tokens),
-            n=self.n or 1,
+            sampling=self.sampling(16 if self.max_tokens is None else self.max_tokens, logprobs),
+            n=self.best_of or self.n or 1,
             caller=caller,
+            echo=bool(self.echo),
+            suffix=self.suffix or "",
         )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more answers are made than are sent."""
+        return (self.best_of or 1) > (self.n or 1)
+
+    def _check(self) -> None:
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequest("`max_tokens` must be 1 or more; 0 is for `echo`.", param="max_tokens")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise BadRequest("`best_of` is smaller than `n`.", param="best_of")
+        if self.stream and self.chooses:
+            raise BadRequest("`best_of` cannot be streamed: the best is known when all are complete.", param="best_of")
+        if self.suffix and self.echo:
+            raise BadRequest("`suffix` and `echo` do not go together.", param="suffix")
 
 
 class Part(Struct):
@@ -199,7 +221,8 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     functions: Any = None
     function_call: Any = None
     response_format: Any = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
     reasoning_effort: Any = None
     modalities: Any = None
     audio: Any = None
@@ -213,7 +236,6 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             "functions": (None, []),
             "function_call": (None, "none", "auto"),
             "response_format": (None, {"type": "text"}),
-            "top_logprobs": (None, 0),
             "reasoning_effort": (None,),
             "modalities": (None, ["text"]),
             "audio": (None,),
@@ -224,6 +246,8 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
         _refuse_unsupported(self)
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise BadRequest("Send `max_tokens` or `max_completion_tokens`, not both.", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
         conversation = Conversation(
             messages=[m.plain(f"messages[{i}]") for i, m in enumerate(self.messages)],
             template_kwargs=self.chat_template_kwargs,
@@ -233,7 +257,9 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             model=self.model,
             task="generate",
             inputs=[conversation],
-            sampling=self.sampling(self.max_completion_tokens or self.max_tokens),
+            sampling=self.sampling(
+                self.max_completion_tokens or self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None
+            ),
             n=self.n or 1,
             caller=caller,
         )

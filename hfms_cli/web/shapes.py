@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from hfms_cli.types import Call, Chunk
+from hfms_cli.hookspecs import exchange
+from hfms_cli.serving.receipt import RECEIPT, fingerprint
+from hfms_cli.types import Call, Chunk, TokenLogprob
+from hfms_cli.web.logprobs import TextLogprobs, of_chat
 
 
 @dataclass
@@ -16,6 +19,9 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Tokens of each choice."""
     finish: dict[int, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     first_token_seconds: float | None = None
@@ -26,8 +32,20 @@ class Tally:
         self.prompt_tokens += chunk.prompt_tokens
         self.completion_tokens += chunk.tokens
         self.texts.setdefault(chunk.index, []).append(chunk.text)
+        self.lengths[chunk.index] = self.lengths.get(chunk.index, 0) + chunk.tokens
+        if chunk.logprobs is not None:
+            self.logprobs.setdefault(chunk.index, []).extend(chunk.logprobs)
         if chunk.finish_reason:
             self.finish[chunk.index] = chunk.finish_reason
+
+    def best(self, choices: range, count: int) -> list[int]:
+        """Of some choices those that the model finds likeliest, token for token, in the order of that."""
+
+        def likeliness(index: int) -> float:
+            made = self.logprobs.get(index, [])[-self.lengths[index] :] if self.lengths.get(index) else []
+            return sum(score.logprob or 0.0 for score in made) / max(1, len(made))
+
+        return sorted(choices, key=likeliness, reverse=True)[:count]
 
     def log(self) -> dict[str, Any]:
         """What the access line says of it."""
@@ -48,24 +66,50 @@ class CompletionShape:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, best: int | None = None, logprobs: bool = True) -> None:
+        """best: how many of each input's answers are shown; None: all. logprobs: whether those that come are shown."""
         self.call = call
         self.created = int(time.time())
+        self._best = best
+        self._logprobs = logprobs
+        self._offsets: dict[int, TextLogprobs] = {}
 
     def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.call.id, "object": kind, "created": self.created, "model": self.call.model}
+        """What all of an answer's objects begin with. Known once the model is."""
+        return {
+            "id": self.call.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.call.model,
+            "system_fingerprint": fingerprint(exchange().answer.get(RECEIPT, "")),
+        }
 
     def events(self, chunk: Chunk) -> list[dict[str, Any]]:
         """What a chunk adds to the stream, each without its head."""
         if not chunk.text and not chunk.finish_reason:
-            return []  # a token whose text is still held back
-        return [{"choices": [self.choice(chunk.index, chunk.text, chunk.finish_reason)]}]
+            return []  # it has begun, or the text of a token is still held back
+        return [{"choices": [self.choice(chunk.index, chunk.text, chunk.logprobs, chunk.finish_reason)]}]
 
-    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: str | None) -> dict[str, Any]:
+        told = None
+        if logprobs is not None and self._logprobs:
+            told = self._offsets.setdefault(index, TextLogprobs()).of(text, logprobs)
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish}
 
-    def whole(self, tally: Tally, count: int) -> dict[str, Any]:
-        choices = [self.choice(i, "".join(tally.texts.get(i, ())), tally.finish.get(i)) for i in range(count)]
+    def whole(self, tally: Tally) -> dict[str, Any]:
+        n = self.call.n
+        shown = [
+            index
+            for first in range(0, len(self.call.inputs) * n, n)
+            for index in (
+                range(first, first + n) if self._best is None else tally.best(range(first, first + n), self._best)
+            )
+        ]
+        choices = [
+            self.choice(i, "".join(tally.texts.get(i, ())), tally.logprobs.get(i), tally.finish.get(i)) for i in shown
+        ]
+        for number, choice in enumerate(choices):
+            choice["index"] = number
         return {**self.head(self.object), "choices": choices, "usage": tally.usage()}
 
 
@@ -78,21 +122,31 @@ class ChatShape(CompletionShape):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._begun: set[int] = set()
+        self._untold: dict[int, list[TokenLogprob]] = {}
+        """Logprobs for which there was no event yet."""
 
     def events(self, chunk: Chunk) -> list[dict[str, Any]]:
         deltas: list[tuple[dict[str, Any], str | None]] = []
-        if chunk.index not in self._begun:
-            self._begun.add(chunk.index)
-            deltas.append(({"role": "assistant", "content": "", "refusal": None}, None))
         if chunk.text:
             deltas.append(({"content": chunk.text}, None))
         if chunk.finish_reason:
             deltas.append(({}, chunk.finish_reason))
-        return [
-            {"choices": [{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": finish}]}
-            for delta, finish in deltas
-        ]
+        if chunk.logprobs:
+            self._untold.setdefault(chunk.index, []).extend(chunk.logprobs)
+        events = [self._event(chunk.index, delta, finish) for delta, finish in deltas]
+        if events and (untold := self._untold.pop(chunk.index, None)):
+            events[0]["choices"][0]["logprobs"] = of_chat(untold)
+        if chunk.index not in self._begun:
+            self._begun.add(chunk.index)
+            role = {"role": "assistant", "content": "", "refusal": None}
+            events.insert(0, self._event(chunk.index, role, None))
+        return events
 
-    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+    @staticmethod
+    def _event(index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+        told = None if logprobs is None else of_chat(logprobs)
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}

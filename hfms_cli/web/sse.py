@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -10,16 +13,22 @@ from aiohttp import web
 from hfms_cli.errors import HfmsError
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which readers pass over."""
 _encode = msgspec.json.Encoder().encode
 
 
 class EventStream:
-    """An open stream. Nothing goes out before the first write, so an early error still has a status of its own."""
+    """An open stream. Nothing goes out before the first write, so an early error still has a status of its own.
 
-    def __init__(self, request: web.Request, head: dict[str, Any]) -> None:
-        """head: what every event begins with; it is encoded once."""
+    But whoever waits for so long that a proxy might lose patience gets the headers, and a comment now and then.
+    """
+
+    def __init__(self, request: web.Request, head: Callable[[], dict[str, Any]], *, keep_alive_seconds: float) -> None:
+        """head: what every event begins with; asked for and encoded once. keep_alive_seconds: 0: no comments."""
         self._request = request
-        self._head = b"data: " + _encode(head)[:-1] + b","
+        self._make_head = head
+        self._head = b""
         self._unsent: list[bytes] = []
         self._response = web.StreamResponse(
             headers={
@@ -28,6 +37,12 @@ class EventStream:
                 "X-Accel-Buffering": "no",  # nginx would hold tokens back
             }
         )
+        self._loop = asyncio.get_running_loop()
+        self._patience = keep_alive_seconds
+        self._wrote = self._loop.time()
+        self._writing = asyncio.Lock()
+        self._comment: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(keep_alive_seconds, self._break_silence) if keep_alive_seconds else None
 
     @property
     def opened(self) -> bool:
@@ -35,26 +50,51 @@ class EventStream:
 
     async def send(self, *events: dict[str, Any], more: bool = False) -> None:
         """Send events in one write, or with `more` together with those that follow at once: a write costs most."""
+        if events and not self._head:
+            self._head = b"data: " + _encode(self._make_head())[:-1] + b","
         self._unsent += [self._head + _encode(event)[1:] + b"\n\n" for event in events]
         if self._unsent and not more:
-            await self._open()
-            await self._response.write(self._taken())
+            await self._write(self._taken())
 
     def fail(self, error: HfmsError) -> None:
         """Tell an error as the last event. No `[DONE]` follows: it would say that the answer is whole."""
         self._unsent.append(b"data: " + _encode(error.envelope()) + b"\n\n")
 
+    def rest(self) -> None:
+        """No comments any more: the answer is complete, or failed, or its reader is gone."""
+        for pending in (self._timer, self._comment):
+            if pending is not None:
+                pending.cancel()
+
     async def close(self, *, done: bool) -> web.StreamResponse:
         """End the body, which clients wait for after `[DONE]`. done: all went well."""
-        await self._open()
         if done:
             self._unsent.append(DONE)
-        await self._response.write_eof(self._taken())
+        async with self._writing:
+            await self._open()
+            await self._response.write_eof(self._taken())
         return self._response
+
+    async def _write(self, data: bytes) -> None:
+        async with self._writing:
+            await self._open()
+            await self._response.write(data)
+        self._wrote = self._loop.time()
 
     async def _open(self) -> None:
         if not self._response.prepared:
             await self._response.prepare(self._request)
+
+    def _break_silence(self) -> None:
+        now = self._loop.time()
+        if now >= self._wrote + self._patience:
+            self._wrote = now
+            self._comment = asyncio.create_task(self._say_that_it_lives())
+        self._timer = self._loop.call_at(self._wrote + self._patience, self._break_silence)
+
+    async def _say_that_it_lives(self) -> None:
+        with contextlib.suppress(ConnectionError):  # its handler hears of that by itself
+            await self._write(KEEP_ALIVE)
 
     def _taken(self) -> bytes:
         taken = b"".join(self._unsent)

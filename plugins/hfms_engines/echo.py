@@ -37,6 +37,7 @@ from hfms_cli import (
     TokenLogprob,
     setting,
 )
+from hfms_engines.middle import no_middle
 
 CONTEXT = 32_768
 DIMENSIONS = 8
@@ -141,6 +142,8 @@ class EchoModel:
         for name in ("stop", "min_tokens", "logit_bias", "stop_token_ids"):
             if getattr(sampling, name):
                 raise BadRequest(f"The echo engine does not support `{name}`.", param=name)
+        if call.suffix:
+            raise no_middle()
         if call.task == "score":
             for i, item in enumerate(call.inputs):
                 self.done.append((call.id, Chunk(index=i, prompt_tokens=len(words_of(item)), score=likeness(item))))

@@ -45,7 +45,7 @@ from hfms_cli import (
     LoadRequest,
     Sampling,
 )
-from hfms_engines import limits
+from hfms_engines import limits, middle
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.machine import physical_cores
@@ -189,6 +189,8 @@ class LlamaCpp:
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
         asked = [name for name, usual in REFUSED.items() if getattr(call.sampling, name) != usual]
+        if call.suffix:
+            raise middle.no_middle()
         for name in asked + ["echo"] * call.echo:
             raise BadRequest(
                 f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the model.",

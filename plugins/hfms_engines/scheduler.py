@@ -32,7 +32,7 @@ from hfms_cli import (
     Sampling,
     TokenLogprob,
 )
-from hfms_engines import limits
+from hfms_engines import limits, middle
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
@@ -200,7 +200,7 @@ class Scheduler(ABC):
         entries = limits.check_call(call, self._runner.vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
-        prompts = [self._prompt(call, self._tokens(entry), entry) for entry in entries]
+        prompts = [self._prompt(call, entry) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
@@ -212,7 +212,10 @@ class Scheduler(ABC):
                 seq.echo = call.echo
                 self._line.enter(seq)
 
-    def _prompt(self, call: Call, ids: list[int], entry: limits.Entry) -> Prompt:
+    def _prompt(self, call: Call, entry: limits.Entry) -> Prompt:
+        ids = self._tokens(entry)
+        if call.suffix and not isinstance(entry, Conversation):
+            ids = middle.around(self._runner.tokenizer, entry, call.suffix)
         prompt = Prompt(ids)
         if call.echo:
             prompt.text = entry if isinstance(entry, str) else self._runner.decode(ids)

@@ -596,10 +596,10 @@ def break_forward(model, monkeypatch, when, error):
     """Let the forward pass raise, as a device does, where `when(tokens)`."""
     forward = model._runner.forward
 
-    def breaking(tokens, starts, first=0):
+    def breaking(tokens, starts, first=0, **rest):
         if when(tokens):
             raise error
-        return forward(tokens, starts, first)
+        return forward(tokens, starts, first, **rest)
 
     monkeypatch.setattr(model._runner, "forward", breaking)
 

@@ -18,7 +18,7 @@ pytest.importorskip("hfms_engines.openvino_export", exc_type=ImportError)
 
 import torch
 
-from hfms_engines import torch_runner
+from hfms_engines import middle, torch_runner
 from hfms_engines.vocabulary import Vocabulary
 from tests.benchmarks import dequantise
 from tests.engines import tiny
@@ -283,6 +283,19 @@ def test_special_tokens_have_text_where_that_is_wanted(model, made):
     how = {"logit_bias": {start: 100.0}, "max_tokens": 3}
     assert ask(model, [5, 6], **how).text("a") == ""
     assert ask(model, [5, 6], skip_special_tokens=False, **how).text("a") == 3 * tiny.START
+
+
+def test_a_suffix_stands_between_the_marks_of_the_models_family():
+    words = tiny.tokenizer()
+    with pytest.raises(BadRequest) as refused:
+        middle.around(words, "def add(a, b):", "    return c")
+    assert (refused.value.param, refused.value.code) == ("suffix", "unsupported_parameter")
+    marks = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+    words.add_special_tokens({"additional_special_tokens": marks})
+    before, between, behind = words.convert_tokens_to_ids(marks)
+    ids = middle.around(words, "a = 1\n", "c = 3")
+    assert ids == [before, *words.encode("a = 1\n"), between, *words.encode("c = 3"), behind]
+    assert middle.around(words, [7, 8], "c")[:3] == [before, 7, 8]
 
 
 # --- the real model ---
