@@ -3,7 +3,8 @@
     admit    the first in line get blocks, as far as there are some and as one step can read
     plan     what each sequence has not read yet: a token where it is under way, else a piece of its prompt;
              a flood sits out the pass that makes the first token of one who has less than its share
-    guess    what may come next, to be read along and checked, while the pass has room for more rows
+    guess    what may come next, by what was there before or by a draft model, to be read along and checked, while the
+             pass has room for more rows
     pass     all of that in one pass; who has read all makes a token, and one more for each right guess
     leave    its blocks are free, and keep what they hold until they are needed
 
@@ -13,19 +14,22 @@ of those under way waits again and later reads again what is not kept.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfms_engines.blocks import Table
 from hfms_engines.scheduler import Event, Scheduler, Seq
-from hfms_engines.speculate import Guesser
+from hfms_engines.speculate import Drafter, Guesser
 
 if TYPE_CHECKING:
     import torch
 
     from hfms_cli import LoadedInfo
     from hfms_engines.openvino_runner import Runner
+
+log = logging.getLogger("hfms.engine")
 
 # Guessed tokens of one pass. While there are few rows, more of them cost next to nothing: the weights are read anyway.
 _GUESSES = 8
@@ -38,6 +42,8 @@ class _Piece:
     seq: Seq
     tokens: list[int]
     guesses: list[int]
+    drafted: bool
+    """The guesses are the draft model's."""
     tail: int
     """Tokens that the pass chooses, if every guess is right."""
     scored: int = 0
@@ -47,8 +53,8 @@ class _Piece:
 class PagedScheduler(Scheduler):
     """A loaded model whose cache comes in blocks.
 
-    guess_tokens: the longest guess at what comes next; 0: none. share: whether prompts of different keys may
-    share blocks.
+    guess_tokens: the longest guess at what comes next; 0: none. draft: a smaller model that guesses, where what was
+    there before says nothing. share: whether prompts of different keys may share blocks.
     """
 
     _runner: Runner
@@ -61,6 +67,7 @@ class PagedScheduler(Scheduler):
         prefill_tokens: int,
         stall_seconds: float,
         guess_tokens: int = 0,
+        draft: Runner | None = None,
         share: bool = False,
     ) -> None:
         super().__init__(runner, info, prefill_tokens=prefill_tokens, stall_seconds=stall_seconds)
@@ -69,6 +76,9 @@ class PagedScheduler(Scheduler):
         self._tables: dict[Seq, Table] = {}
         self._guess_tokens = guess_tokens
         self._guessers: dict[Seq, Guesser] = {}
+        self._drafter: Drafter | None = None
+        if draft is not None and guess_tokens:
+            self._drafter = Drafter(draft, most=guess_tokens, prefill_tokens=prefill_tokens, clock=self._clock)
         self._sat_out = False
         """Somebody had to, in the last pass."""
 
@@ -102,12 +112,13 @@ class PagedScheduler(Scheduler):
             return events
         read = sum(len(p.tokens) for p in pieces if len(p.tokens) - len(p.guesses) > 1)
         beside = any(len(p.tokens) - len(p.guesses) == 1 for p in pieces)
-        self._pace.took(self._clock() - began, read, beside)
+        seconds = self._clock() - began
+        self._pace.took(seconds, read, beside)
         for keep in scores:
             keep()
         said = iter(chosen)
         for piece in pieces:
-            self._conclude(piece, [next(said) for _ in range(piece.tail)], events)
+            self._conclude(piece, [next(said) for _ in range(piece.tail)], seconds, events)
         return events
 
     def _without_scored(
@@ -124,8 +135,11 @@ class PagedScheduler(Scheduler):
             at += piece.tail
         return logits[choosing]
 
-    def _conclude(self, piece: _Piece, chosen: list[int], events: list[Event]) -> None:
-        """Take what the pass says of one sequence: tokens up to the first that was guessed wrong."""
+    def _conclude(self, piece: _Piece, chosen: list[int], seconds: float, events: list[Event]) -> None:
+        """Take what the pass says of one sequence: tokens up to the first that was guessed wrong.
+
+        seconds: what the pass took.
+        """
         seq, guesses = piece.seq, piece.guesses
         if seq not in self._tables:
             return  # another sequence of its call has just failed
@@ -138,7 +152,9 @@ class PagedScheduler(Scheduler):
         # Looked at before the tokens are put together, which costs more.
         if -1 not in made and seq.cached // self._blocks.size > len(table.names):
             self._blocks.publish(table, (seq.tokens + made)[: seq.cached])
-        if guesses:
+        if guesses and piece.drafted and self._drafter:
+            self._drafter.learn(seq, len(guesses), right, seconds)
+        elif guesses:
             self._guessers[seq].learn(len(guesses), right)
         for token in made:
             if seq in self._guessers:
@@ -153,11 +169,11 @@ class PagedScheduler(Scheduler):
         reading = self._reading()
         taking_part = self._taking_part(reading, most)
         answering = [s for s in taking_part if s.length - s.cached == 1]
-        spare = _GUESSES - len(answering)
+        guessed = self._guesses(answering)
         for seq in answering:
-            guesses = self._guess(seq, spare) if spare > 0 else []
-            spare -= len(guesses)
-            pieces.append(_Piece(seq, [(seq.made or seq.prompt.ids)[-1], *guesses], guesses, 1 + len(guesses)))
+            guesses, drafted = guessed.get(seq, ([], False))
+            tokens = [(seq.made or seq.prompt.ids)[-1], *guesses]
+            pieces.append(_Piece(seq, tokens, guesses, drafted, tail=len(tokens)))
         for seq in reading:
             if most <= 0:
                 break
@@ -167,7 +183,7 @@ class PagedScheduler(Scheduler):
             tokens = seq.tokens[seq.cached : seq.cached + width]
             most -= len(tokens)
             tail, scored = int(seq.cached + len(tokens) == seq.length), self._to_score(seq, len(tokens))
-            pieces.append(_Piece(seq, tokens, [], tail, scored))
+            pieces.append(_Piece(seq, tokens, [], False, tail, scored))
         return pieces
 
     def _taking_part(self, reading: list[Seq], most: int) -> list[Seq]:
@@ -188,11 +204,37 @@ class PagedScheduler(Scheduler):
         reading = [s for s in self._rows if s.length - s.cached > 1]
         return sorted(reading, key=lambda s: (self._merit(s), -s.order), reverse=True)
 
+    def _guesses(self, answering: list[Seq]) -> dict[Seq, tuple[list[int], bool]]:
+        """What may follow each, and whether the draft model says so, as far as the pass has room for more rows."""
+        spare = _GUESSES - len(answering)
+        found: dict[Seq, tuple[list[int], bool]] = {}
+        unknown: dict[Seq, int] = {}
+        for seq in answering:
+            # A guess can be checked where the likeliest token is taken.
+            most = min(spare, self._guess_tokens, seq.limit - len(seq.made) - 1)
+            if most > 0 and seq.sampler.greedy and not seq.sampler.adjusts:
+                if guesses := self._guess(seq, most):
+                    spare -= len(guesses)
+                    found[seq] = guesses, False
+                else:
+                    unknown[seq] = most
+        share = spare // len(unknown) if unknown else 0
+        if self._drafter and share > 0:
+            for seq, guesses in self._draft(self._drafter, {s: min(m, share) for s, m in unknown.items()}).items():
+                found[seq] = guesses, True
+        return found
+
+    def _draft(self, drafter: Drafter, wanted: dict[Seq, int]) -> dict[Seq, list[int]]:
+        try:
+            guesses = drafter.guess(wanted)
+        except Exception:
+            log.exception("the draft model failed, and is not asked again")
+            self._drafter = None
+            return {}
+        return {s: g for s, g in guesses.items() if self._blocks.extend(self._tables[s], s.length + len(g))}
+
     def _guess(self, seq: Seq, most: int) -> list[int]:
-        """What may follow, where a guess can be checked: the likeliest token is taken, and there are blocks."""
-        most = min(most, self._guess_tokens, seq.limit - len(seq.made) - 1)
-        if most <= 0 or not seq.sampler.greedy or seq.sampler.adjusts:
-            return []
+        """What followed when it last stood like this, where there are blocks for it."""
         guesser = self._guessers.get(seq)
         if guesser is None:
             guesser = self._guessers[seq] = Guesser(seq.tokens, self._guess_tokens)
@@ -248,6 +290,8 @@ class PagedScheduler(Scheduler):
     def _leave(self, seq: Seq) -> None:
         self._rows.remove(seq)
         self._guessers.pop(seq, None)
+        if self._drafter:
+            self._drafter.forget(seq)
         self._blocks.close(self._tables.pop(seq))
 
     def _wipe(self, seq: Seq) -> None:

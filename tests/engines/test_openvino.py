@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -66,7 +67,14 @@ def converted(folder: Path, out: Path, quantize: openvino_export.Made = "none") 
 
 
 def scheduler(
-    folder: Path, *, blocks: int = 64, max_batch: int = 4, prefill_tokens: int = 24, share: bool = True, guess: int = 0
+    folder: Path,
+    *,
+    blocks: int = 64,
+    max_batch: int = 4,
+    prefill_tokens: int = 24,
+    share: bool = True,
+    guess: int = 0,
+    draft=None,
 ):
     """A model of an export, with a cache of so many blocks of 32 tokens."""
     one = openvino_runner.load(folder, dtype="float32", cache_bytes=None, share=False)
@@ -81,7 +89,9 @@ def scheduler(
         max_batch=max_batch,
         memory_bytes=1,
     )
-    return PagedScheduler(runner, info, prefill_tokens=prefill_tokens, stall_seconds=60, guess_tokens=guess)
+    return PagedScheduler(
+        runner, info, prefill_tokens=prefill_tokens, stall_seconds=60, guess_tokens=guess, draft=draft
+    )
 
 
 def submit(model: PagedScheduler, id: str, prompt, *, n: int = 1, priority: int = 1, key="", **sampling) -> None:
@@ -416,6 +426,92 @@ def test_an_answer_ends_within_a_guess_where_it_would_without(export, theirs, ma
         assert made["a", 0] == expected(theirs, prompt, most)
         assert said.finish("a") == "length"
         made.clear()
+
+
+class Silent(Oracle):
+    """Finds nothing in what was there before."""
+
+    def __init__(self, *_) -> None:
+        super().__init__([], 1)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> Path:
+    """A model of the same vocabulary that says other things."""
+    folder = tmp_path_factory.mktemp("stranger")
+    return converted(tiny.save(folder / "model", tiny.ARCHITECTURES["qwen2"]()), folder / "export")
+
+
+def draft_of(folder: Path, blocks: int = 64):
+    one = openvino_runner.load(folder, dtype="float32", cache_bytes=None, share=False)
+    size = sum(cache.byte_size for cache in one._caches) // one.blocks.count
+    return openvino_runner.load(folder, dtype="float32", cache_bytes=blocks * size, share=False)
+
+
+def test_a_draft_model_that_says_the_same_saves_passes_and_changes_no_token(export, theirs, made, monkeypatch):
+    monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
+    model = scheduler(export, guess=8, prefill_tokens=16, draft=draft_of(export))
+    model._drafter._clock = lambda: 0.0  # as if it took no time: it is as large as the model itself
+    read = reading(model, monkeypatch)
+    some = prompts(40, 7)
+    for id, prompt in zip("ab", some, strict=True):
+        submit(model, id, prompt, max_tokens=60)
+    drain(model)
+    for id, prompt in zip("ab", some, strict=True):
+        assert made[id, 0] == expected(theirs, prompt, 60)
+    assert len(read) < 30  # of more than 60
+    drafter = model._drafter
+    assert drafter._runner.blocks.free == drafter._runner.blocks.count
+    assert model._blocks.free == model._blocks.count
+
+
+def test_a_draft_model_that_says_other_things_changes_no_token(export, theirs, made, stranger):
+    model = scheduler(export, guess=8, prefill_tokens=16, draft=draft_of(stranger))
+    some = prompts(40, 7, 25)
+    for id, prompt in zip("abc", some, strict=True):
+        submit(model, id, prompt, max_tokens=60)
+    drain(model)
+    for id, prompt in zip("abc", some, strict=True):
+        assert made[id, 0] == expected(theirs, prompt, 60)
+
+
+def test_a_draft_model_without_room_guesses_for_whom_it_can(export, theirs, made, monkeypatch):
+    monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
+    model = scheduler(export, guess=4, draft=draft_of(export, blocks=2))
+    some = prompts(40, 7)
+    for id, prompt in zip("ab", some, strict=True):
+        submit(model, id, prompt, max_tokens=60)
+    drain(model)
+    for id, prompt in zip("ab", some, strict=True):
+        assert made[id, 0] == expected(theirs, prompt, 60)
+
+
+def test_a_draft_model_rests_when_it_costs_more_than_it_saves(export, stranger, monkeypatch):
+    monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
+    model = scheduler(export, guess=8, draft=draft_of(stranger))
+    now = itertools.count()
+    model._clock = model._drafter._clock = lambda: next(now)  # a draft takes as long as a pass
+    drafts = []
+    forward = model._drafter._runner.forward
+    monkeypatch.setattr(model._drafter._runner, "forward", lambda *a, **k: drafts.append(1) or forward(*a, **k))
+    submit(model, "a", prompts(12)[0], max_tokens=200)
+    drain(model)
+    assert 0 < len(drafts) < 100
+
+
+def test_a_draft_model_that_fails_is_left_out(export, theirs, made, monkeypatch):
+    monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
+    model = scheduler(export, guess=8, draft=draft_of(export))
+
+    def broken(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model._drafter._runner, "forward", broken)
+    [prompt] = prompts(30)
+    submit(model, "a", prompt, max_tokens=20)
+    drain(model)
+    assert made["a", 0] == expected(theirs, prompt, 20)
+    assert model._drafter is None
 
 
 # --- who goes first ---
