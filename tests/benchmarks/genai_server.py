@@ -1,9 +1,10 @@
 """openvino-genai's ContinuousBatchingPipeline, behind the thinnest server that is fair to it, or alone.
 
-    python genai_server.py MODEL PRECISION --port PORT     streams /v1/completions
-    python genai_server.py MODEL PRECISION --alone         jobs on stdin, outcomes on stdout; no HTTP, no text
+    python genai_server.py MODEL PRECISION [CACHE] --port PORT     streams /v1/completions
+    python genai_server.py MODEL PRECISION [CACHE] --alone         jobs on stdin, outcomes on stdout; no HTTP, no text
 
-PRECISION is what OpenVINO is told to compute in: f32 or bf16. Runs in an environment with openvino-genai, tokenizers,
+PRECISION is what OpenVINO is told to compute in: f32 or bf16; CACHE what it is to keep keys and values in, without it
+OpenVINO's own choice, u8. Runs in an environment with openvino-genai, tokenizers,
 aiohttp, uvloop and msgspec.
 
 `step()` holds Python's lock, so the engine has a process of its own. One message a step goes each way at most: the
@@ -29,16 +30,14 @@ CACHE_GIB = 1
 class Engine:
     """The pipeline, asked by token ids."""
 
-    def __init__(self, model: str, precision: str) -> None:
+    def __init__(self, model: str, precisions: dict[str, str]) -> None:
         import openvino_genai as genai  # type: ignore[import-not-found]
 
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIB
         scheduler.enable_prefix_caching = True
         self._genai = genai
-        self._pipeline = genai.ContinuousBatchingPipeline(
-            model, scheduler, "CPU", {"INFERENCE_PRECISION_HINT": precision}
-        )
+        self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", precisions)
         self._open: dict[int, Any] = {}
 
     def add(self, key: int, ids: list[int], limit: int) -> None:
@@ -68,9 +67,9 @@ class Engine:
         return said
 
 
-def run_engine(model: str, precision: str, front: Connection) -> None:
+def run_engine(model: str, precisions: dict[str, str], front: Connection) -> None:
     """The engine's process: takes what waits before each step, and sends what the step gave."""
-    engine = Engine(model, precision)
+    engine = Engine(model, precisions)
     front.send_bytes(b"ready")
     while True:
         while front.poll(0 if engine.busy else None):
@@ -82,7 +81,7 @@ def run_engine(model: str, precision: str, front: Connection) -> None:
         front.send_bytes(msgspec.msgpack.encode(engine.step()))
 
 
-def serve(model: str, precision: str, port: int) -> None:
+def serve(model: str, precisions: dict[str, str], port: int) -> None:
     """Serve until SIGTERM."""
     import uvloop
     from aiohttp import web
@@ -92,7 +91,7 @@ def serve(model: str, precision: str, port: int) -> None:
     tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
     context = multiprocessing.get_context("spawn")
     engine, theirs = context.Pipe()
-    context.Process(target=run_engine, args=(model, precision, theirs), daemon=True).start()
+    context.Process(target=run_engine, args=(model, precisions, theirs), daemon=True).start()
     theirs.close()
     assert engine.recv_bytes() == b"ready"
     answers: dict[int, asyncio.Queue[tuple[list[int], bool]]] = {}
@@ -135,7 +134,7 @@ def serve(model: str, precision: str, port: int) -> None:
     web.run_app(listen(), host="127.0.0.1", port=port, loop=uvloop.new_event_loop(), access_log=None, print=None)
 
 
-def run_alone(model: str, precision: str) -> None:
+def run_alone(model: str, precisions: dict[str, str]) -> None:
     """Measure the engine without a server: each line of stdin is a job, each of stdout its outcomes.
 
     A job is `{"prompts": [text], "width": requests in flight, "limit": tokens of each}`. Times are of the monotonic
@@ -144,7 +143,7 @@ def run_alone(model: str, precision: str) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-    engine = Engine(model, precision)
+    engine = Engine(model, precisions)
     print("ready", flush=True)
     for line in sys.stdin:
         job = msgspec.json.decode(line)
@@ -180,11 +179,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("precision")
+    parser.add_argument("cache", nargs="?")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--port", type=int)
     how.add_argument("--alone", action="store_true")
     args = parser.parse_args()
+    asked = {"INFERENCE_PRECISION_HINT": args.precision, "KV_CACHE_PRECISION": args.cache}
+    precisions = {name: value for name, value in asked.items() if value}
     if args.alone:
-        run_alone(args.model, args.precision)
+        run_alone(args.model, precisions)
     else:
-        serve(args.model, args.precision, args.port)
+        serve(args.model, precisions, args.port)

@@ -67,6 +67,7 @@ class Hfms(Peer):
         "bf16": "bf16",
         "bf16-unguessed": "bf16",
         "f32": "f32",
+        "f32-unguessed": "f32",
         "int8": "8 bit",
         "Q4_1": "4 bit",
     }
@@ -74,6 +75,9 @@ class Hfms(Peer):
         "bf16": '[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "none"\n',
         "bf16-unguessed": '[engine]\norder = ["openvino"]\n[engine.openvino]\nspeculative_tokens = 0\n',
         "f32": '[models]\ndtype = "float32"\n[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "none"\n',
+        "f32-unguessed": (
+            '[models]\ndtype = "float32"\n[engine]\norder = ["openvino"]\n[engine.openvino]\nspeculative_tokens = 0\n'
+        ),
         "int8": '[engine]\norder = ["openvino"]\n[engine.openvino]\nquantize = "int8"\n',
         "Q4_1": '[engine]\norder = ["llama_cpp"]\n',  # needs the extra `llama-cpp`
     }
@@ -99,7 +103,8 @@ class GenAI(Peer):
     """openvino-genai behind `genai_server.py`."""
 
     name = "genai"
-    precisions: ClassVar = {"bf16": "bf16", "f32": "f32", "int8": "8 bit"}
+    precisions: ClassVar = {"bf16": "bf16", "bf16-all": "bf16", "f32": "f32", "f32-all": "f32", "int8": "8 bit"}
+    """By itself it keeps keys and values in 8 bits; `-all`: in what it computes in, as hfms does."""
     alone = False
 
     def install(self, cache: Path) -> str:
@@ -132,10 +137,11 @@ class GenAI(Peer):
     def start(self, cache: Path, precision: str, port: int) -> Start:
         folder = cache / "genai"
         model = folder / ("int8" if precision == "int8" else "fp16")
-        products = "f32" if precision == "f32" else "bf16"
+        products = "f32" if precision.startswith("f32") else "bf16"
+        kept = [products] if precision.endswith("-all") else []
         how = ["--alone"] if self.alone else ["--port", str(port)]
         python = str(folder / "venv" / "bin" / "python")
-        return Start([python, str(HERE / "genai_server.py"), str(model), products, *how], alone=self.alone)
+        return Start([python, str(HERE / "genai_server.py"), str(model), products, *kept, *how], alone=self.alone)
 
 
 class GenAIAlone(GenAI):
