@@ -200,6 +200,8 @@ class LoadedModel(Protocol):
 
     No method may block on anything but the device. `step` does a bounded piece of work (one forward pass), so that
     cancels, new calls and heartbeats are seen between two steps.
+
+    A model with a tokenizer may also have `ask(question: Question) -> Reply`, which is answered between two steps.
     """
 
     info: LoadedInfo

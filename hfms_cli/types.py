@@ -30,9 +30,16 @@ __all__ = [
     "Probe",
     "Quality",
     "Quantize",
+    "Question",
+    "Reply",
     "Sampling",
     "Task",
+    "TextOf",
     "TokenLogprob",
+    "Tokens",
+    "TokensOf",
+    "Vocabulary",
+    "VocabularyOf",
 ]
 
 Task = Literal["generate", "embed", "score"]
@@ -186,6 +193,49 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     def begins(self) -> bool:
         """Whether it only says that an input has left the line and is being read."""
         return not (self.tokens or self.text or self.finish_reason or self.vector or self.score is not None)
+
+
+class TokensOf(Struct, frozen=True, tag=True):
+    """Asks an engine what the tokens of a text or a chat are. special: with those that a text begins or ends with."""
+
+    input: str | Conversation
+    special: bool = True
+
+
+class TextOf(Struct, frozen=True, tag=True):
+    """Asks an engine for the text of tokens, special ones too."""
+
+    ids: list[int]
+
+
+class VocabularyOf(Struct, frozen=True, tag=True):
+    """Asks an engine about the model's tokenizer."""
+
+
+class Tokens(Struct, frozen=True, tag=True):
+    """Answers `TokensOf` and `TextOf`. names: of the tokens, as the vocabulary has them."""
+
+    ids: list[int]
+    names: list[str]
+    text: str = ""
+
+
+class Vocabulary(Struct, frozen=True, tag=True):
+    """Answers `VocabularyOf`. Names that the tokenizer does not have are None."""
+
+    kind: str
+    size: int
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    special_tokens: list[str] = []
+    chat_template: str | None = None
+
+
+Question = TokensOf | TextOf | VocabularyOf
+"""What an engine answers at once, between two steps, whoever is waiting."""
+Reply = Tokens | Vocabulary
 
 
 class ModelName(Struct, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from hfms_cli.engines import wire
 from hfms_cli.engines.owed import Owed
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest, Report, report_nothing
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo, Question, Reply
 
 log = structlog.get_logger("hfms.engine")
 
@@ -84,6 +85,8 @@ class EngineHost:
         self._options = options
         self._device = device
         self._calls: dict[str, _Pending] = {}
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[Reply]] = {}
         self._loop = asyncio.get_running_loop()
         self._last_beat = self._loop.time()
         self._stderr: deque[str] = deque(maxlen=20)
@@ -172,6 +175,19 @@ class EngineHost:
             if not finished and not self.ended.done():
                 self._send(wire.Cancel(call.id))
 
+    async def ask(self, question: Question) -> Reply:
+        """What the engine says between two steps. Raises what it raised; EngineDied if it is gone."""
+        if self.ended.done():
+            raise self._died()
+        number = next(self._numbers)
+        answer: asyncio.Future[Reply] = self._loop.create_future()
+        self._asked[number] = answer
+        try:
+            self._send(wire.Ask(number, question))
+            return await answer
+        finally:
+            del self._asked[number]
+
     @property
     def running(self) -> int:
         """Calls in the worker, waiting ones too."""
@@ -248,6 +264,9 @@ class EngineHost:
         try:
             while True:
                 step = await self._read()
+                if isinstance(step, wire.Told):
+                    self._tell(step)
+                    continue
                 assert isinstance(step, wire.Step)
                 self._last_beat = self._loop.time()
                 self.waiting, self.memory_bytes = step.waiting, step.memory_bytes
@@ -258,6 +277,15 @@ class EngineHost:
                         pending.queue.put_nowait(event.fault.error() if event.fault else event.chunk)
         except (asyncio.IncompleteReadError, ConnectionError):
             await self._reap()
+
+    def _tell(self, told: wire.Told) -> None:
+        answer = self._asked.get(told.number)
+        if answer is None or answer.done():  # whoever asked has left
+            return
+        if told.fault is not None:
+            answer.set_exception(told.fault.error())
+        elif told.reply is not None:
+            answer.set_result(told.reply)
 
     async def _watch(self) -> None:
         """End a process whose loop has fallen silent: a hang looks like nothing else from here."""
@@ -280,6 +308,9 @@ class EngineHost:
             log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())
         for pending in self._calls.values():
             pending.queue.put_nowait(self._died())
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(self._died())
         return self.ended.result()
 
     def _reason(self, code: int) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from hfms_cli.errors import HfmsError, from_wire
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard, Quantize
+from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard, Quantize, Question, Reply
 
 HEADER = struct.Struct("<I")
 
@@ -40,6 +40,13 @@ class Submit(Struct, tag=True):
 
 class Cancel(Struct, tag=True):
     call_id: str
+
+
+class Ask(Struct, tag=True):
+    """Something that is answered between two steps. number: the answer's."""
+
+    number: int
+    question: Question
 
 
 class Close(Struct, tag=True):
@@ -85,6 +92,14 @@ class Loaded(Struct, tag=True):
     """As in `Step`."""
 
 
+class Told(Struct, tag=True):
+    """The reply to an `Ask`, or what went wrong."""
+
+    number: int
+    reply: Reply | None = None
+    fault: Fault | None = None
+
+
 class Failed(Struct, tag=True):
     """The model could not be loaded; the worker exits."""
 
@@ -99,8 +114,8 @@ class Step(Struct, tag=True):
     """Resident memory of the worker's process."""
 
 
-ToWorker = Load | Submit | Cancel | Close
-ToFront = Phase | Loaded | Failed | Step
+ToWorker = Load | Submit | Cancel | Ask | Close
+ToFront = Phase | Loaded | Failed | Step | Told
 
 _encoder = msgspec.msgpack.Encoder()
 decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode

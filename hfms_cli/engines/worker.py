@@ -24,7 +24,7 @@ from hfms_cli.engines import wire
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
 from hfms_cli.hookspecs import LoadedModel, LoadRequest
 from hfms_cli.plugins import discover
-from hfms_cli.types import Chunk
+from hfms_cli.types import Chunk, Question
 
 BEAT_SECONDS = 1.0
 """How often an idle worker says that it lives."""
@@ -108,12 +108,24 @@ def serve(model: LoadedModel, link: Link) -> None:
                         events.append(wire.Event(call.id, fault=_fault(exc)))
                 case wire.Cancel(call_id):
                     model.cancel(call_id)
+                case wire.Ask(number, question):
+                    link.send(_told(model, number, question))
                 case wire.Close():
                     model.close()
                     return
         if model.busy():
             events += [_event(call_id, outcome) for call_id, outcome in model.step()]
         link.send(wire.Step(events, model.waiting(), link.memory()))
+
+
+def _told(model: LoadedModel, number: int, question: Question) -> wire.Told:
+    try:
+        ask = getattr(model, "ask", None)
+        if ask is None:
+            raise BadRequest(f"The engine {model.info.engine} does not tell about tokens.", param="model")
+        return wire.Told(number, reply=ask(question))
+    except Exception as exc:
+        return wire.Told(number, fault=_fault(exc))
 
 
 def _event(call_id: str, outcome: Chunk | HfmsError | None) -> wire.Event:

@@ -21,7 +21,7 @@ from aiohttp.typedefs import Middleware as AroundAll
 from hfms_cli.errors import BadRequest, HfmsError, NotFound, Unauthorized
 from hfms_cli.hookspecs import Middleware, begin_exchange
 from hfms_cli.serving.runtime import Runtime, Serving
-from hfms_cli.web import models, openai, status
+from hfms_cli.web import models, openai, status, tokens
 from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, SERVING, caller_of, respond
 
 log = structlog.get_logger("hfms.web")
@@ -38,7 +38,7 @@ def build_app(runtime: Runtime) -> web.Application:
     other_fronts = runtime.config.server.workers > 1
     app = base_app(runtime, *([_true_address] if other_fronts else []))
     app[RUNTIME] = runtime
-    for module in (openai, models, status):
+    for module in (openai, models, status, tokens):
         app.add_routes(module.routes)
     if runtime.config.server.metrics:
         app.router.add_get("/metrics", status.metrics)

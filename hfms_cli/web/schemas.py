@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling
+from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling, TokensOf
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -263,6 +263,53 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             n=self.n or 1,
             caller=caller,
         )
+
+
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /tokenize`, as vLLM has it: a text, or a chat."""
+
+    model: str | None = None
+    """None: the one that is loaded, where it is the only one."""
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    def question(self) -> TokensOf:
+        """Raises BadRequest for what the types cannot say."""
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequest("Send `prompt` or `messages`, and not both.", param="prompt")
+        if self.prompt is not None:
+            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+                if getattr(self, name) is not None:
+                    raise BadRequest(f"`{name}` is for `messages`.", param=name)
+            return TokensOf(self.prompt, self.add_special_tokens is not False)
+        if self.add_special_tokens:
+            raise BadRequest(
+                "`add_special_tokens` is for `prompt`; a chat template says itself which tokens it begins with.",
+                param="add_special_tokens",
+            )
+        named = {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
+        if self.add_generation_prompt is None and self.continue_final_message:
+            named["add_generation_prompt"] = False
+        chat = Conversation(
+            messages=[m.plain(f"messages[{i}]") for i, m in enumerate(self.messages or ())],
+            template_kwargs=(self.chat_template_kwargs or {}) | {k: v for k, v in named.items() if v is not None},
+        )
+        return TokensOf(chat)
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /detokenize`, as vLLM has it."""
+
+    tokens: list[Natural]
+    model: str | None = None
 
 
 class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -33,8 +33,15 @@ from hfms_cli import (
     ModelName,
     Pair,
     Progress,
+    Question,
+    Reply,
     Task,
+    TextOf,
     TokenLogprob,
+    Tokens,
+    TokensOf,
+    Vocabulary,
+    VocabularyOf,
     setting,
 )
 from hfms_engines.middle import no_middle
@@ -173,6 +180,17 @@ class EchoModel:
                 choice.prompt = words if call.echo else None
                 self.queue.append(choice)
         self.open[call.id] = len(call.inputs) * call.n
+
+    def ask(self, question: Question) -> Reply:
+        """Each word is a token; the text of tokens is their numbers, as a prompt of numbers is echoed."""
+        match question:
+            case VocabularyOf():
+                return Vocabulary(kind="words", size=VOCABULARY)
+            case TextOf(ids):
+                return Tokens(ids, [*map(str, ids)], " ".join(map(str, ids)))
+            case TokensOf(item):
+                words = words_of(item)
+                return Tokens([token_id(word) for word in words], words)
 
     def cancel(self, call_id: str) -> None:
         self.open.pop(call_id, None)

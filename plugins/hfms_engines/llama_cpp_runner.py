@@ -43,7 +43,14 @@ from hfms_cli import (
     LoadedInfo,
     LoadFailed,
     LoadRequest,
+    Question,
+    Reply,
     Sampling,
+    TextOf,
+    Tokens,
+    TokensOf,
+    Vocabulary,
+    VocabularyOf,
 )
 from hfms_engines import limits, middle
 from hfms_engines.calls import Choice, OpenCall, Prompt
@@ -103,6 +110,24 @@ class _Tokens(msgspec.Struct):
     tokens: list[int]
 
 
+class _Piece(msgspec.Struct):
+    id: int
+    piece: str | list[int]
+    """Its bytes, where they are no text."""
+
+    @property
+    def text(self) -> str:
+        return self.piece if isinstance(self.piece, str) else bytes(self.piece).decode(errors="replace")
+
+
+class _Pieces(msgspec.Struct):
+    tokens: list[_Piece]
+
+
+class _Detokenized(msgspec.Struct):
+    content: str
+
+
 class _Prompted(msgspec.Struct):
     prompt: str
 
@@ -121,6 +146,8 @@ class _Models(msgspec.Struct):
 
 class _Props(msgspec.Struct):
     bos_token: str = ""
+    eos_token: str = ""
+    chat_template: str = ""
 
 
 # --- a sequence ---
@@ -220,6 +247,30 @@ class LlamaCpp:
     def _tokenize(self, text: str) -> list[int]:
         body = {"content": text, "add_special": True, "parse_special": True}
         return self._door.ask("POST", "/tokenize", body, _Tokens).tokens
+
+    def ask(self, question: Question) -> Reply:
+        """What llama.cpp says of its tokenizer. Raises BadRequest and NoChatTemplate."""
+        match question:
+            case VocabularyOf():
+                props = self._door.ask("GET", "/props", None, _Props)
+                return Vocabulary(
+                    kind="llama.cpp",
+                    size=self._vocabulary,
+                    bos_token=props.bos_token or None,
+                    eos_token=props.eos_token or None,
+                    chat_template=(props.chat_template or None) if self.info.chat else None,
+                )
+            case TextOf(ids):
+                for token in ids:
+                    limits.check_token(token, self._vocabulary, "tokens")
+                text = self._door.ask("POST", "/detokenize", {"tokens": ids}, _Detokenized).content
+                return Tokens(ids, [], text)
+            case TokensOf(item, special):
+                if isinstance(item, Conversation):
+                    item = self._chat(item)
+                body = {"content": item, "add_special": special, "parse_special": True, "with_pieces": True}
+                pieces = self._door.ask("POST", "/tokenize", body, _Pieces).tokens
+                return Tokens([piece.id for piece in pieces], [piece.text for piece in pieces])
 
     def _chat(self, chat: Conversation) -> str:
         if not self.info.chat:

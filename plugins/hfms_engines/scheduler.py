@@ -29,15 +29,20 @@ from hfms_cli import (
     EngineFault,
     HfmsError,
     LoadedInfo,
+    Question,
+    Reply,
     Sampling,
+    TextOf,
     TokenLogprob,
+    Tokens,
+    TokensOf,
+    VocabularyOf,
 )
-from hfms_engines import limits, middle
+from hfms_engines import limits, middle, vocabulary
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.text import Detokenizer, StopStrings, Withheld, decoder_of
-from hfms_engines.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +172,7 @@ class Scheduler(ABC):
 
         self.info = info
         self._runner = runner
-        self._vocabulary = Vocabulary(runner.tokenizer, runner.silent_ids)
+        self._vocabulary = vocabulary.Vocabulary(runner.tokenizer, runner.silent_ids)
         self._scored = logprobs.scored
         self._score_tokens = max(1, _LOGITS // runner.vocabulary)
         """Tokens of a prompt that a pass may tell the logprobs of."""
@@ -255,6 +260,22 @@ class Scheduler(ABC):
             for token in ids:
                 limits.check_token(token, self._runner.vocabulary, "prompt")
         return list(ids)
+
+    def ask(self, question: Question) -> Reply:
+        """What the tokenizer says. Raises BadRequest and NoChatTemplate."""
+        tokenizer = self._runner.tokenizer
+        match question:
+            case VocabularyOf():
+                return vocabulary.described(tokenizer)
+            case TextOf(ids):
+                for token in ids:
+                    limits.check_token(token, self._runner.vocabulary, "tokens")
+                text = decoder_of(tokenizer, special=True)(ids)
+            case TokensOf(Conversation() as chat):
+                ids, text = self._chat(chat), ""
+            case TokensOf(str(text), special):
+                ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        return Tokens(list(ids), [self._vocabulary.name(token) for token in ids], text)
 
     def _chat(self, chat: Conversation) -> list[int]:
         from jinja2 import TemplateError

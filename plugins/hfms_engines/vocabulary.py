@@ -6,6 +6,8 @@ import re
 from collections.abc import Container
 from typing import Any
 
+import hfms_cli
+
 _BROKEN = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -18,6 +20,22 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+
+
+def described(tokenizer: Any) -> hfms_cli.Vocabulary:
+    """What clients need to know of one of transformers' tokenizers."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hfms_cli.Vocabulary(
+        kind=type(tokenizer).__name__,
+        size=len(tokenizer),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=tokenizer.unk_token,
+        special_tokens=list(tokenizer.all_special_tokens),
+        # Of several the one that a chat gets unasked.
+        chat_template=template.get("default") if isinstance(template, dict) else template,
+    )
 
 
 class Vocabulary:

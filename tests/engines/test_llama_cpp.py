@@ -27,6 +27,9 @@ from hfms_cli import (
     LoadFailed,
     LoadRequest,
     NoChatTemplate,
+    TextOf,
+    TokensOf,
+    VocabularyOf,
 )
 from hfms_cli.models.inspect import inspect
 from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
@@ -84,6 +87,20 @@ def test_text_and_token_ids_and_chats_are_answered(model):
     answers = ask(model, HELLO, max_tokens=30)
     assert "hello" in answers.text("a").lower()
     assert answers.prompt_tokens("a") == [33]
+
+
+def test_it_tells_tokens_their_text_and_its_vocabulary(model):
+    told = model.ask(TokensOf("日本 is"))
+    assert told.ids == model._tokenize("日本 is")
+    assert len(told.names) == len(told.ids)
+    assert model.ask(TextOf(told.ids)).text == "日本 is"
+    assert model.ask(TokensOf(HELLO)).ids == model._tokens(HELLO)
+    about = model.ask(VocabularyOf())
+    assert (about.size, about.eos_token) == (49152, "<|im_end|>")
+    assert "<|im_start|>" in about.chat_template
+    with pytest.raises(BadRequest) as refused:
+        model.ask(TextOf([10**6]))
+    assert refused.value.param == "tokens"
 
 
 def test_tokens_are_counted_as_they_are_told_and_prompts_once(model):
@@ -226,6 +243,9 @@ def test_characters_come_whole_and_every_token_of_them_is_counted(model):
         (FRANCE, {"presence_penalty": 0.5}, "presence_penalty"),
         (FRANCE, {"frequency_penalty": -0.5}, "frequency_penalty"),
         (FRANCE, {"max_tokens": 0}, "max_tokens"),
+        (FRANCE, {"logprobs": 0}, "logprobs"),
+        (FRANCE, {"stop_token_ids": (5,)}, "stop_token_ids"),
+        (FRANCE, {"skip_special_tokens": False}, "skip_special_tokens"),
         (FRANCE, {"logit_bias": {10**6: 1.0}}, "logit_bias"),
         ([1, 10**6], {}, "prompt"),
         ([-1], {}, "prompt"),

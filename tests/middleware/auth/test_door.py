@@ -140,6 +140,10 @@ async def test_a_key_sees_and_uses_only_its_models(serve, put):
         assert await ask(secret, "echo:abc") == (200, None)
         for model in ("echo:b", "mine", "never-heard-of"):
             assert await ask(secret, model) == (403, "model_not_allowed")
+            status, body = await server.post("/tokenize", {"model": model, "prompt": "x"}, headers=bearer(secret))
+            assert (status, body["error"]["code"]) == (403, "model_not_allowed")
+        # The only one that this key may use.
+        assert (await server.get("/tokenizer_info", headers=bearer(secret)))[0] == 200
         assert await ask(alias, "mine") == (200, None)
         assert await ask(alias, "echo:b") == (403, "model_not_allowed")
         assert (await server.get("/v1/models/echo:b", headers=bearer(secret)))[0] == 404

@@ -1,0 +1,79 @@
+"""A model's tokenizer over HTTP, as vLLM has it: `/tokenize`, `/detokenize`, `/tokenizer_info`.
+
+The tokenizer is in the engine's process, which answers between two steps: no call in line holds that up.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from aiohttp import web
+
+from hfms_cli.errors import BadRequest
+from hfms_cli.types import LoadedInfo, Question, Reply, TextOf, Tokens, Vocabulary, VocabularyOf
+from hfms_cli.web.body import parse
+from hfms_cli.web.context import RUNTIME, caller_of, log_of, respond
+from hfms_cli.web.schemas import DetokenizeRequest, TokenizeRequest
+
+R = TypeVar("R", bound=Reply)
+
+routes = web.RouteTableDef()
+
+
+@routes.post("/tokenize")
+async def tokenize(request: web.Request) -> web.StreamResponse:
+    body = parse(TokenizeRequest, await request.read())
+    told, info = await _ask(request, body.model, body.question(), Tokens)
+    return respond(
+        {
+            "count": len(told.ids),
+            "max_model_len": info.context_length,
+            "tokens": told.ids,
+            "token_strs": told.names if body.return_token_strs else None,
+        }
+    )
+
+
+@routes.post("/detokenize")
+async def detokenize(request: web.Request) -> web.StreamResponse:
+    body = parse(DetokenizeRequest, await request.read())
+    told, _ = await _ask(request, body.model, TextOf(body.tokens), Tokens)
+    return respond({"prompt": told.text})
+
+
+@routes.get("/tokenizer_info")
+async def tokenizer_info(request: web.Request) -> web.StreamResponse:
+    """By the names of `tokenizer_config.json`. The model is `?model=`."""
+    told, info = await _ask(request, request.query.get("model"), VocabularyOf(), Vocabulary)
+    return respond(
+        {
+            "tokenizer_class": told.kind,
+            "vocab_size": told.size,
+            "model_max_length": info.context_length,
+            "bos_token": told.bos_token,
+            "eos_token": told.eos_token,
+            "pad_token": told.pad_token,
+            "unk_token": told.unk_token,
+            "all_special_tokens": told.special_tokens,
+            "chat_template": told.chat_template,
+        }
+    )
+
+
+async def _ask(request: web.Request, model: str | None, question: Question, answer: type[R]) -> tuple[R, LoadedInfo]:
+    """What a model's engine says, and what is known of the model. Raises BadRequest and what a lease raises."""
+    runtime, caller = request.app[RUNTIME], caller_of(request)
+    if model is None:
+        usable = [m.id for m in runtime.pool.models() if caller.may_use(m.id, *m.aliases)]
+        if len(usable) != 1:
+            raise BadRequest(
+                "Which `model`? More than one is served, or none.", param="model", code="missing_parameter"
+            )
+        model = usable[0]
+    log_of(request)["model"] = model
+    with runtime.admit():
+        async with runtime.pool.lease(model, caller) as leased:
+            host = leased.host_now()
+            reply = await host.ask(question)
+            assert isinstance(reply, answer)
+            return reply, host.info
