@@ -90,7 +90,24 @@ class ModelsConfig:
         choices=("auto", "latency", "throughput"),
     )
     load_on_request: bool = setting(True, "Load a model that is on disk when a call asks for it.")
+    load_wait_seconds: float = setting(
+        60.0, "How long a call waits for its model to load; then, and with 0 at once, it is answered 503.", ge=0
+    )
     load_seconds: float = setting(600.0, "Longest time that a load may take.", ge=1)
+    retry_seconds: float = setting(
+        30.0, "How long after a failed load calls hear of it, before one may try again; doubled each time.", ge=0
+    )
+    warm_up: bool = setting(True, "Have a model answer a short call before it counts as loaded.")
+    idle_seconds: float = setting(0.0, "Unload models that nobody has called for so long; 0: never.", ge=0)
+    pinned: list[str] = setting(
+        list, "Models that are never unloaded to make room, nor when idle.", env="PINNED_MODELS"
+    )
+    required: list[str] = setting(
+        list, 'Models without which /ready answers 503; loaded at start. "*": all of `serve`.', env="REQUIRED_MODELS"
+    )
+    exit_on_failure: bool = setting(
+        False, "End with status 1 where a model of `required`, or without one of `serve`, cannot be loaded at start."
+    )
     allow_pickle: bool = setting(False, "Serve models that come only as pickles (read with weights_only).")
     trust_remote_code: bool = setting(False, "Run Python code that a model brings along.")
 

@@ -322,6 +322,10 @@ class Middleware:
         """
         return None
 
+    def patience(self) -> float | None:
+        """Seconds that a call may wait in all, its model's load included; None: this middleware does not bound it."""
+        return None
+
     def check(self, config: Config) -> Iterable[str]:
         """Warnings for the start panel. Raise ConfigError to refuse to start."""
         return ()

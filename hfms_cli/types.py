@@ -155,6 +155,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Each answer begins with its prompt, and with logprobs those of the prompt's tokens. `max_tokens` may be 0."""
     suffix: str = ""
     """What comes after the answer: the model fills in the middle."""
+    waited: float = 0.0
+    """Seconds that it has waited for its model to load."""
 
 
 class TokenLogprob(Struct, array_like=True, frozen=True):
@@ -282,6 +284,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def size(self) -> int:
         """Bytes in all."""
         return sum(f.size for f in self.files)
+
+    @property
+    def digest(self) -> str:
+        """`digest_of` all files: the same under any name."""
+        return self.digest_of([f.path for f in self.files])
 
     def digest_of(self, paths: Sequence[str]) -> str:
         """SHA-256, in hex, of some files' names and hashes; of a file without one, its size and the revision."""

@@ -216,6 +216,10 @@ def load(
     replicas: Annotated[int | None, typer.Option(help="How many engine processes; calls go to the least busy.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Bits of the weights: auto, none, int8 or int4.")] = None,
     alias: Annotated[str | None, typer.Option(help="One more name for it.")] = None,
+    pinned: Annotated[
+        bool | None, typer.Option("--pinned/--not-pinned", help="Never unload it to make room, nor when idle.")
+    ] = None,
+    idle_seconds: Annotated[float | None, typer.Option(help="Unload it when idle for so long; 0: never.")] = None,
     url: ServerUrl = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -227,6 +231,8 @@ def load(
         "quantize": quantize,
         "replicas": replicas,
         "alias": alias,
+        "pinned": pinned,
+        "idle_seconds": idle_seconds,
     }
     body = {"model": str(_parsed(name)), **{k: v for k, v in wishes.items() if v is not None}}
     with _waiting(f"loading {name} ...") as show_phase:

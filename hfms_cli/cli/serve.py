@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hfms_cli.config import Config
+    from hfms_cli.models.served import ServedModel
     from hfms_cli.serving.runtime import Runtime
+
+LOOK_SECONDS = 0.5
+"""How often a terminal is told what the loads do."""
 
 
 def serve(
@@ -75,7 +79,8 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
 
     logs.configure(config.log)
     console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
-    for name in config.models.serve:
+    wanted = dict.fromkeys([*config.models.serve, *(n for n in config.models.required if n != "*")])
+    for name in wanted:
         try:
             names.parse(name)  # a misspelt name is told before anything starts
         except BadRequest as exc:
@@ -110,13 +115,15 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
             )
             runtime.fronts.start()
         stop = _on_signals(console)
-        loads = [runtime.pool.begin(name) for name in config.models.serve]
+        loads = runtime.pool.preload(wanted)
         host, port = own[0].getsockname()[:2]
         _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        announce = asyncio.create_task(_announce(console, runtime, [m.id for m in loads]))
+        announce = asyncio.create_task(_announce(console, runtime, loads, stop))
         await stop.first.wait()
         announce.cancel()
         await _drain(console, runtime, stop.second, config.server.drain_seconds)
+    if stop.failed:
+        raise typer.Exit(1)
 
 
 class _Stop:
@@ -125,6 +132,8 @@ class _Stop:
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.failed = False
+        """A load that must not fail has."""
 
     def pressed(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
@@ -152,25 +161,32 @@ async def _drain(console: Console, runtime: Runtime, second: asyncio.Event, seco
             await asyncio.wait_for(second.wait(), 0.05)
 
 
-async def _announce(console: Console, runtime: Runtime, ids: list[str]) -> None:
-    """Say how each load ended."""
+async def _announce(console: Console, runtime: Runtime, loads: list[ServedModel], stop: _Stop) -> None:
+    """Say how each load ended, as soon as it has; on a terminal also what those that go on are doing."""
     from rich.markup import escape
 
-    for model_id in ids:
-        model = runtime.pool.find(model_id)
-        if model is None:
-            continue
-        try:
-            await asyncio.shield(model.ready)
-        except Exception as exc:
-            console.print(f"[red]failed[/] {escape(model_id)}: {escape(str(exc))}", soft_wrap=True)
-        else:
-            info = model.host_now().info
-            console.print(
-                f"[green]ready[/]  {escape(model_id)}: {info.engine} on {info.device}, {info.dtype}, context "
-                f"{info.context_length}, {_replicas(len(model.hosts))}{model.load_seconds:.1f} s",
-                soft_wrap=True,
-            )
+    pending = {asyncio.ensure_future(asyncio.wait([model.ready])): model for model in loads}
+    status = console.status("") if console.is_terminal and loads else contextlib.nullcontext()
+    with status as shown:
+        while pending:
+            done, _ = await asyncio.wait(pending, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for model in map(pending.pop, done):
+                if model.failure is not None:
+                    console.print(f"[red]failed[/] {escape(model.id)}: {escape(model.failure.message)}", soft_wrap=True)
+                    needed = not runtime.config.models.required or runtime.pool.is_required(model)
+                    stop.failed |= runtime.config.models.exit_on_failure and needed
+                elif model.hosts:
+                    info = model.host_now().info
+                    console.print(
+                        f"[green]ready[/]  {escape(model.id)}: {info.engine} on {info.device}, {info.dtype}, context "
+                        f"{info.context_length}, {_replicas(len(model.hosts))}{model.load_seconds:.1f} s",
+                        soft_wrap=True,
+                    )
+            if shown is not None:
+                shown.update(escape(", ".join(f"{m.id}: {m.doing or 'waiting'}" for m in pending.values())))
+    if stop.failed:
+        console.print("[red]stopping[/] because of that ([models] exit_on_failure)")
+        stop.first.set()
 
 
 def _replicas(count: int) -> str:

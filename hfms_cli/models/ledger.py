@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@dataclass
+@dataclass(eq=False)
 class Reservation:
     """Bytes that a model may take. What it has taken already shows in the device's free memory by itself."""
 
@@ -27,6 +27,11 @@ class Reservation:
     def outstanding(self) -> int:
         """Bytes promised and not yet taken."""
         return max(0, self.size - self.taken())
+
+    @property
+    def held(self) -> int:
+        """Bytes that others can count on once it is released: what was taken, where that is more than was promised."""
+        return max(self.size, self.taken())
 
 
 class Ledger:

@@ -21,6 +21,7 @@ from hfms_cli.models.inspect import inspect
 from hfms_cli.models.ledger import Ledger, Reservation, human
 from hfms_cli.models.router import Router
 from hfms_cli.models.tuned import Choice, Profile, TunedStore, fingerprint
+from hfms_cli.models.warm_up import warm_up
 from hfms_cli.types import Device, Manifest, ModelCard, ModelName, Quantize
 
 log = structlog.get_logger("hfms.models")
@@ -51,6 +52,15 @@ class Candidate:
     """The profile for which `hfms models tune` found it the best."""
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A model on this disk, verified and read."""
+
+    manifest: Manifest
+    folder: Path
+    card: ModelCard
+
+
 @dataclass
 class Placement:
     """A verified model and where one replica of it may run, best first; `start` may be called again and again."""
@@ -58,6 +68,13 @@ class Placement:
     manifest: Manifest
     card: ModelCard
     candidates: list[Candidate]
+    aside: Reservation | None = None
+    """Its memory, from when it was placed until its process starts."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there was room for it."""
+        return self.size <= self.candidates[0].request.device.free_bytes
 
     @property
     def size(self) -> int:
@@ -85,21 +102,59 @@ class Loader:
         self._hardware = hardware
         self._forced = forced or {}
         self.tuned = TunedStore(config.state_dir)
+        self._excess: dict[tuple[str, str, str], float] = {}
+        """How many times its estimate a model took, by its digest, engine and kind of device."""
 
     async def place(
         self, name: ModelName, wishes: Sequence[Wish], progress: Progress, report: Report = report_nothing
     ) -> list[Placement]:
         """Fetch, verify and read the model, then choose for each replica. Loads nothing. Raises HfmsError."""
+        return self.arrange(await self.fetch(name, progress, report), wishes)
+
+    async def fetch(self, name: ModelName, progress: Progress, report: Report = report_nothing) -> Fetched:
+        """Have the model on this disk, verify and read it. Raises HfmsError."""
         manifest, folder = await self.router.pull(name, progress, report)
         card = inspect(folder, [f.path for f in manifest.files])
         self._refuse_unsafe(card)
+        return Fetched(manifest, folder, card)
+
+    def arrange(
+        self,
+        fetched: Fetched,
+        wishes: Sequence[Wish],
+        freed: Mapping[str, int] = {},
+        devices: Sequence[Device] | None = None,
+    ) -> list[Placement]:
+        """Choose engine and device for each replica. Where there is no room, `Placement.fits` is false.
+
+        freed: bytes that are to be counted as free, by the device whose memory they are of. devices: as they are now.
+        Raises BadRequest, LoadFailed, and DoesNotFit where there is room for some of the replicas only.
+        """
+        devices = self.devices() if devices is None else devices
         chosen: list[Candidate] = []
         placements = []
         for wish in wishes:
-            candidates = self._choose(manifest, folder, card, wish, chosen)
+            candidates = self._choose(fetched, wish, chosen, freed, devices)
             chosen.append(candidates[0])
-            placements.append(Placement(manifest, card, candidates))
+            placements.append(Placement(fetched.manifest, fetched.card, candidates))
         return placements
+
+    def set_aside(self, placements: Sequence[Placement]) -> None:
+        """Keep the memory of placements for them until they start, or are let go. Raises DoesNotFit; then none is."""
+        try:
+            for placement in placements:
+                best = placement.candidates[0]
+                placement.aside = self.ledger.reserve(self._now(best.request.device), best.size)
+        except DoesNotFit:
+            self.let_go(placements)
+            raise
+
+    def let_go(self, placements: Sequence[Placement]) -> None:
+        """Keep no memory for those that have not started."""
+        for placement in placements:
+            if placement.aside is not None:
+                self.ledger.release(placement.aside)
+                placement.aside = None
 
     async def start(
         self, model: str, placement: Placement, report: Report = report_nothing
@@ -111,6 +166,7 @@ class Loader:
         """
         while True:
             candidate = placement.candidates[0]
+            self.let_go([placement])  # and nothing is awaited until it is reserved anew
             try:
                 return await self._start(model, candidate, report)
             except LoadFailed as exc:
@@ -124,6 +180,9 @@ class Loader:
         with self.ledger.reserved_if_loaded(device, candidate.size) as reservation:
             host = await EngineHost.start(model, candidate.request, self._host_options(candidate), report)
             reservation.taken = lambda: host.held_bytes
+            if self._config.models.warm_up:
+                report("warm-up")
+                await warm_up(host, self._config.models.load_seconds)
             return host, reservation
 
     def devices(self) -> list[Device]:
@@ -143,16 +202,22 @@ class Loader:
             )
 
     def _choose(
-        self, manifest: Manifest, folder: Path, card: ModelCard, wish: Wish, beside: Sequence[Candidate]
+        self,
+        fetched: Fetched,
+        wish: Wish,
+        beside: Sequence[Candidate],
+        freed: Mapping[str, int],
+        everywhere: Sequence[Device],
     ) -> list[Candidate]:
         """Every engine that supports the model on a device with room, in the operator's order of both.
 
         beside: the choices for the model's other replicas, which will take their room too. Of one kind of device,
         those with fewer replicas come first.
         """
-        devices = [d for d in self.devices() if wish.device in (None, d.kind, d.id)]
+        card = fetched.card
+        devices = [d for d in everywhere if wish.device in (None, d.kind, d.id)]
         if not devices:
-            there = ", ".join(d.id for d in self.devices()) or "none"
+            there = ", ".join(d.id for d in everywhere) or "none"
             raise BadRequest(f"There is no device `{wish.device}` here; devices: {there}.", param="device")
         engines = [e for e in self._engines if wish.engine in (None, e.name)]
         if not engines:
@@ -165,26 +230,27 @@ class Loader:
         for device in devices:
             taken = sum(c.size for c in beside if c.request.device.memory == device.memory)
             # Engines size their caches by what is free, which is without what others were promised.
-            device = replace(device, free_bytes=max(0, self.ledger.available(device) - taken))
+            there_is = self.ledger.available(device) + freed.get(device.memory, 0)
+            device = replace(device, free_bytes=max(0, there_is - taken))
             for engine in engines:
                 if reason := _why_not(engine, card, device, quantize):
                     reasons.append(f"{engine.name} on {device.id}: {reason}")
                     continue
                 request = LoadRequest(
-                    folder=folder,
+                    folder=fetched.folder,
                     card=card,
                     device=device,
                     dtype=dtype,
                     trust_remote_code=self._config.models.trust_remote_code,
                     quantize=quantize,
                 )
-                candidate = Candidate(engine, request, engine.estimate(request))
+                candidate = Candidate(engine, request, self._size(fetched.manifest, engine, request))
                 (fitting if candidate.size <= device.free_bytes else too_large).append(candidate)
         if fitting:
             kinds = list(dict.fromkeys(d.kind for d in devices))
             held = Counter(c.request.device.id for c in beside)
             fitting.sort(key=lambda c: (kinds.index(c.request.device.kind), held[c.request.device.id]))
-            best = self._best(manifest, fitting)
+            best = self._best(fetched.manifest, fitting)
             return fitting if best is None else [best, *fitting]
         if too_large and beside:
             needs, device = too_large[0].size, too_large[0].request.device
@@ -196,6 +262,25 @@ class Loader:
         if too_large:  # everywhere: reserving says by how much
             return too_large[:1]
         raise LoadFailed(f"No engine here can run this model ({card.architecture}). " + "; ".join(reasons))
+
+    def _size(self, manifest: Manifest, engine: Engine, request: LoadRequest) -> int:
+        """Bytes that the model will take: as the engine says, corrected by what it took before."""
+        return int(
+            engine.estimate(request) * self._excess.get((manifest.digest, engine.name, request.device.kind), 1.0)
+        )
+
+    def learn(self, placement: Placement, held: int) -> None:
+        """Correct the next estimates for this model by what a process of it came to hold, where that was more."""
+        best = placement.candidates[0]
+        if best.size and held > best.size:
+            key = placement.manifest.digest, best.engine.name, best.request.device.kind
+            self._excess[key] = self._excess.get(key, 1.0) * held / best.size
+            log.warning(
+                "model took more memory than expected",
+                model=str(placement.manifest.name),
+                expected=human(best.size),
+                held=human(held),
+            )
 
     def _best(self, manifest: Manifest, fitting: Sequence[Candidate]) -> Candidate | None:
         """What was found best by measuring, where it still holds and is nothing else than was asked for."""

@@ -1,9 +1,9 @@
 """Where the seconds of a load go.
 
-    fetch -> verify -> start -> load -> ...
+    fetch -> verify -> start -> load -> ... -> warm-up
 
 `start` is the process, its imports and its plugins; what follows is for the engine to say (`convert`, `compile`), and
-is `load` until it does.
+is `load` until it does. `warm-up` is a first short call.
 """
 
 from __future__ import annotations

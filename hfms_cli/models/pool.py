@@ -1,143 +1,74 @@
-"""The models of this server by name: load, lease, balance, unload.
+"""The models of this server by name: load, lease, make room, unload.
 
-A model is one or more replicas (`replica.py`); a call goes to the one that has the fewest tokens outstanding. While
-none runs, callers get 503 with Retry-After. Concurrent loads of one model are one load. Unloading waits for the calls
-in flight, then ends every process.
+A model is one or more replicas (`replica.py`); a call goes to the one that has the fewest tokens outstanding.
+Concurrent loads of one model are one load, and calls wait for it. Where a model does not fit, others that nobody uses
+give way (`eviction.py`); they, and those that were idle for too long, are loaded again when they are called.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import structlog
 
-from hfms_cli.engines.host import EngineHost
-from hfms_cli.errors import BadRequest, Conflict, Forbidden, HfmsError, LoadFailed, ModelNotFound, Unavailable
-from hfms_cli.models import names
-from hfms_cli.models.loader import Loader, Wish
+from hfms_cli.errors import (
+    BadRequest,
+    Conflict,
+    DeadlineExceeded,
+    DoesNotFit,
+    Forbidden,
+    HfmsError,
+    LoadFailed,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
+from hfms_cli.models import eviction, names
+from hfms_cli.models.loader import Fetched, Loader, Placement, Wish
 from hfms_cli.models.phases import Phases
-from hfms_cli.models.replica import Replica, ReplicaState, status
-from hfms_cli.types import Call, Caller, Chunk, LoadedInfo, ModelName
+from hfms_cli.models.replica import Replica
+from hfms_cli.models.served import ServedModel, describe, least_outstanding
+from hfms_cli.types import Caller, ModelName
+
+__all__ = ["ANYBODY", "NO_WISH", "Keeping", "Pool", "ServedModel", "describe", "least_outstanding"]
 
 log = structlog.get_logger("hfms.models")
-
-State = ReplicaState | Literal["unloading"]
 
 NO_WISH = Wish()
 ANYBODY = Caller()
 
+FULL_SECONDS = 5.0
+"""After so long a model that did not fit may be tried again: others may be idle by then."""
+LONGEST_RETRY = 3600.0
 
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
-
-
-@dataclass
-class ServedModel:
-    """One model of the pool."""
-
-    id: str
-    name: ModelName
-    wishes: tuple[Wish, ...]
-    """One for each replica."""
-    phases: Phases
-    """Until there are replicas: fetch, verify."""
-    replicas: list[Replica] = field(default_factory=list)
-    """Empty until it is known where they go."""
-    aliases: set[str] = field(default_factory=set)
-    failure: str | None = None
-    """Why it could not be loaded at all."""
-    unloading: bool = False
-    leases: int = 0
-    """Calls in flight."""
-    idle: asyncio.Event = field(default_factory=_set_event)
-    created: int = field(default_factory=lambda: int(time.time()))
-    """Unix time at which it was asked for."""
-    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Done when the load is: with None, or with what went wrong."""
-    task: asyncio.Task[None] | None = None
-    """The load."""
-
-    @property
-    def state(self) -> State:
-        """That of its best replica."""
-        if self.unloading:
-            return "unloading"
-        if self.failure is not None:
-            return "failed"
-        states = {replica.state for replica in self.replicas}
-        order: tuple[State, ...] = ("loaded", "restarting", "loading", "failed")
-        return next((state for state in order if state in states), "loading")
-
-    @property
-    def reason(self) -> str | None:
-        """Why it failed or is away, for operators."""
-        return self.failure or "; ".join(dict.fromkeys(r.reason for r in self.replicas if r.reason)) or None
-
-    @property
-    def hosts(self) -> list[EngineHost]:
-        """The engines that run now."""
-        return [replica.host for replica in self.replicas if replica.host is not None]
-
-    @property
-    def host(self) -> EngineHost | None:
-        """The first engine that runs now; None where there is none."""
-        return next(iter(self.hosts), None)
-
-    @property
-    def load_seconds(self) -> float:
-        """From process to ready, of the slowest replica."""
-        return max((replica.load_seconds for replica in self.replicas), default=0.0)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256, in hex, of all that decides which bytes answer: model, revision, engines, precisions.
-
-        Raises LoadFailed or Unavailable.
-        """
-        self.host_now()
-        manifest = self.replicas[0].placement.manifest
-        engines = sorted({f"{host.info.engine} {host.info.dtype}" for host in self.hosts})
-        told = (manifest.storage, str(manifest.name), manifest.revision, *engines)
-        return hashlib.sha256("\0".join(told).encode()).hexdigest()
-
-    @property
-    def weights(self) -> str:
-        """SHA-256, in hex, of the weights' names and hashes; of a file without one, its size and the revision."""
-        self.host_now()
-        placement = self.replicas[0].placement
-        return placement.manifest.digest_of(placement.card.weights)
-
-    def host_now(self) -> EngineHost:
-        """The engine that the next call goes to. Raises LoadFailed or Unavailable."""
-        if not self.unloading and (hosts := self.hosts):
-            return least_outstanding(hosts)
-        state = self.state
-        if state == "failed":
-            raise LoadFailed(f"The model `{self.id}` could not be loaded: {self.reason}", retry_after=30.0)
-        doing = state if state in ("loading", "unloading") else "restarting"
-        raise Unavailable(f"The model `{self.id}` is {doing}.", code=f"model_{doing}", retry_after=2.0)
-
-    @property
-    def info(self) -> LoadedInfo:
-        """What its engines say of it. Raises LoadFailed or Unavailable."""
-        return self.host_now().info
-
-    def submit(self, call: Call) -> AsyncIterator[Chunk]:
-        """Send a call to the engine that has least to do. Raises LoadFailed or Unavailable."""
-        return self.host_now().submit(call)
+Why = Literal["asked", "idle", "evicted"]
 
 
-def least_outstanding(hosts: Iterable[EngineHost]) -> EngineHost:
-    """Of the engines that have room for a call (of all, where none has), the one with the fewest tokens to go."""
-    return min(hosts, key=lambda host: (host.full, host.outstanding))
+@dataclass(frozen=True)
+class Keeping:
+    """How models are kept, as the operator wishes."""
+
+    replicas: int = 1
+    """Of a model that is loaded without a word on that."""
+    restart_limit: int = 5
+    load_on_request: bool = True
+    wait_seconds: float = 60.0
+    """How long a call waits for its model to load; 0: not at all."""
+    patience_seconds: float = float("inf")
+    """How long a call waits for anything, as the middlewares say."""
+    most_waiting: int = 256
+    """Calls that may wait for one model."""
+    retry_seconds: float = 30.0
+    """After a failed load, for so long calls hear of that failure, and no load begins; doubled by each in a row."""
+    idle_seconds: float = 0.0
+    pinned: Collection[str] = ()
+    required: Collection[str] = ()
+    """Without these, by any of their names, the server is not ready."""
 
 
 class Pool:
@@ -146,23 +77,27 @@ class Pool:
     def __init__(
         self,
         loader: Loader,
+        keeping: Keeping = Keeping(),
         *,
-        restart_limit: int = 5,
-        load_on_request: bool = True,
-        replicas: int = 1,
         aliases: dict[str, str] | None = None,
         on_loaded: Callable[[Replica], None] = lambda replica: None,
+        on_unloaded: Callable[[ServedModel, Why], None] = lambda model, why: None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """replicas: of a model that is loaded without a word on that. on_loaded: told of each process that is ready."""
+        """on_loaded: told of each process that is ready. on_unloaded: of each model that has left memory, and why."""
         self.loader = loader
+        self.keeping = keeping
         self._models: dict[str, ServedModel] = {}
         self._aliases = dict(aliases or {})
-        self._restart_limit = restart_limit
-        self._load_on_request = load_on_request
-        self._replicas = replicas
         self._on_loaded = on_loaded
+        self._on_unloaded = on_unloaded
         self._clock = clock or asyncio.get_running_loop().time
+        self._preloaded: list[str] = []
+        """Ids of what is loaded at start."""
+        self._room = asyncio.Lock()
+        """Held by the load that finds its place: two would unload others for the same bytes."""
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._idle_watch: asyncio.Task[None] | None = None
 
     # Names.
 
@@ -186,32 +121,83 @@ class Pool:
         """Every name that `find` takes."""
         return [n for m in self._models.values() for n in (m.id, *sorted(m.aliases))] + list(self._aliases)
 
+    def _is_one_of(self, model: ServedModel, told: Collection[str]) -> bool:
+        """Whether the operator means this model by one of these names."""
+        return any(self._aliases.get(n, n) in (model.id, str(model.name), *model.aliases) for n in told)
+
+    def is_required(self, model: ServedModel) -> bool:
+        """Whether the server is not ready without it."""
+        everything = "*" in self.keeping.required and model.id in self._preloaded
+        return everything or self._is_one_of(model, self.keeping.required)
+
     # Calls.
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str, caller: Caller = ANYBODY) -> AsyncIterator[ServedModel]:
-        """A loaded model that is not unloaded while the block runs. Raises Forbidden, ModelNotFound, Unavailable."""
+        """A loaded model that is not unloaded while the block runs; waits for its load.
+
+        Raises Forbidden, ModelNotFound, Unavailable, DeadlineExceeded, Overloaded, or what made the load fail.
+        """
         if not caller.may_use(*self._known_as(name)):
             # Before anything is loaded; and the same answer whether or not there is such a model.
             raise Forbidden(f"This key may not use the model `{name}`.", param="model", code="model_not_allowed")
-        model = self.find(name) or await self._load_from_disk(name, caller)
-        model.host_now()
+        model = await self._loaded(name, caller)
         model.leases += 1
         model.idle.clear()
         try:
             yield model
         finally:
             model.leases -= 1
+            model.last_used = self._clock()
             if not model.leases:
                 model.idle.set()
 
+    async def _loaded(self, name: str, caller: Caller) -> ServedModel:
+        """The model, once it is loaded. From its last look at the model to the end it awaits nothing."""
+        deadline = asyncio.get_running_loop().time() + min(self.keeping.wait_seconds, self.keeping.patience_seconds)
+        model = self.find(name) or await self._load_from_disk(name, caller)
+        while True:
+            state = model.state
+            if state == "unloading" and not model.forgotten:
+                await self._wait(model, model.ended.wait, deadline)
+            elif state == "loading":
+                await self._wait(model, partial(asyncio.wait, [model.ready]), deadline)
+                if model.forgotten:
+                    raise Unavailable(f"The model `{model.id}` was unloaded while it loaded.", code="model_unloaded")
+            elif state == "failed" and (left := self._retry_in(model)) > 0:
+                raise model.failed_with(left)
+            elif state in ("failed", "unloaded") and self.keeping.load_on_request:
+                self._start(model)
+            else:
+                model.host_now()
+                return model
+
+    async def _wait(self, model: ServedModel, until: Callable[[], Awaitable[object]], deadline: float) -> None:
+        """Wait for a model that loads, as one of those for whom it is kept."""
+        if not self.keeping.wait_seconds:
+            model.host_now()  # says what it does instead
+        if model.waiting >= self.keeping.most_waiting:
+            raise Overloaded(f"{model.waiting} calls wait for {model.id} to load; try again later.", retry_after=5.0)
+        model.waiting += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await until()
+        except TimeoutError:
+            if self.keeping.patience_seconds < self.keeping.wait_seconds:
+                raise DeadlineExceeded(
+                    f"The model `{model.id}` was not loaded within {self.keeping.patience_seconds:g} s."
+                ) from None
+            model.host_now()
+        finally:
+            model.waiting -= 1
+
     async def _load_from_disk(self, name: str, caller: Caller) -> ServedModel:
-        """Load a model that is on this disk already: a caller's word alone fetches nothing."""
-        if self._load_on_request:
+        """Begin to load a model that is on this disk already: a caller's word alone fetches nothing."""
+        if self.keeping.load_on_request:
             with contextlib.suppress(BadRequest):
                 wanted = names.parse(self._aliases.get(name, name))
                 if wanted.scheme != "path" and await self.loader.router.has(wanted):
-                    return await self.load(str(wanted))
+                    return self.begin(str(wanted))
         raise ModelNotFound.named(name, filter(caller.may_use, self.names()))
 
     # Loads.
@@ -225,43 +211,94 @@ class Pool:
         await asyncio.shield(model.ready)
         return model
 
-    def begin(self, name: str, wishes: tuple[Wish, ...] = (), alias: str | None = None) -> ServedModel:
+    def preload(self, wanted: Collection[str]) -> list[ServedModel]:
+        """Begin to load what is to be there from the start: together, and none at the cost of another."""
+        loads = [self.begin(name, evict=False) for name in dict.fromkeys(wanted)]
+        self._preloaded = [model.id for model in loads]
+        return loads
+
+    def begin(
+        self,
+        name: str,
+        wishes: tuple[Wish, ...] = (),
+        alias: str | None = None,
+        *,
+        pinned: bool | None = None,
+        idle_seconds: float | None = None,
+        evict: bool = True,
+    ) -> ServedModel:
         """Start to load a model and return at once; `ready` tells the outcome.
 
         wishes: one for each replica; none takes what is there, or what the configuration says.
+        pinned, idle_seconds: None leaves it as it is, at first as the configuration says.
+        evict: whether models that nobody uses may be unloaded for it.
         """
         parsed = names.parse(self._aliases.get(name, name))
-        served_id = names.served_id(parsed)
-        model = self.find(name) or self._models.get(served_id)
-        if model is not None and model.state == "failed":
-            del self._models[model.id]
-            model = None
-        if model is not None and model.name != parsed:
+        model = self.find(name) or self._models.get(names.served_id(parsed))
+        if model is None:
+            model = self._new(parsed)
+        self._refuse_mix_up(model, parsed, wishes, alias)
+        if alias:
+            model.aliases.add(alias)
+        model.pinned = model.pinned if pinned is None else pinned
+        model.idle_seconds = model.idle_seconds if idle_seconds is None else idle_seconds
+        if model.state == "failed":
+            model.wishes, model.failures = self._usual_wishes, 0
+        if model.task is None or model.away is not None or model.state == "failed":
+            model.wishes = wishes or model.wishes
+            self._start(model, evict=evict)
+        return model
+
+    def _new(self, parsed: ModelName) -> ServedModel:
+        model = ServedModel(names.served_id(parsed), parsed, self._usual_wishes, Phases(self._clock))
+        model.pinned = self._is_one_of(model, self.keeping.pinned)
+        model.idle_seconds = self.keeping.idle_seconds
+        self._models[model.id] = model
+        return model
+
+    @property
+    def _usual_wishes(self) -> tuple[Wish, ...]:
+        return (NO_WISH,) * self.keeping.replicas
+
+    def _refuse_mix_up(
+        self, model: ServedModel, parsed: ModelName, wishes: tuple[Wish, ...], alias: str | None
+    ) -> None:
+        """Raises Conflict where the load would make another model of one that is there, or take a name away."""
+        if model.name != parsed:
             raise Conflict(
-                f"`{served_id}` is already served from {model.name.scheme or 'hub'} "
+                f"`{model.id}` is already served from {model.name.scheme or 'hub'} "
                 f"{model.name.rest!r}; unload it first or give the new one an alias.",
                 param="model",
             )
+        in_memory = model.task is not None and model.state in ("loading", "loaded", "restarting")
+        if in_memory and wishes not in ((), model.wishes):
+            raise Conflict(f"`{model.id}` is already served with other settings; unload it first.", param="model")
+        if model.forgotten:
+            raise Conflict(f"`{model.id}` is being unloaded; load it again when that is over.", param="model")
         if alias and (self.find(alias) not in (None, model) or alias in self._aliases):
             raise Conflict(f"`{alias}` is already the name of another model.", param="alias")
-        if model is None:
-            model = ServedModel(served_id, parsed, wishes or (NO_WISH,) * self._replicas, Phases(self._clock))
-            self._models[served_id] = model
-            model.task = asyncio.create_task(self._bring_up(model), name=f"load {served_id}")
-        elif wishes not in ((), model.wishes):
-            raise Conflict(f"`{model.id}` is already served with other settings; unload it first.", param="model")
-        if alias:
-            model.aliases.add(alias)
-        return model
 
-    async def _bring_up(self, model: ServedModel) -> None:
+    def _start(self, model: ServedModel, *, evict: bool = True) -> None:
+        """Load a model that is not in memory."""
+        model.phases = Phases(self._clock)
+        model.failure = model.away = None
+        if not model.unloading:
+            model.replicas = []
+        if model.ready.done():
+            model.ready = asyncio.get_running_loop().create_future()
+        model.task = asyncio.create_task(self._bring_up(model, evict), name=f"load {model.id}")
+
+    async def _bring_up(self, model: ServedModel, evict: bool) -> None:
         """Place the model and start its replicas."""
 
         def progress(done: int, total: int) -> None:
             model.phases("fetch", done / total if total else None)
 
+        placements: list[Placement] = []
         try:
-            placements = await self.loader.place(model.name, model.wishes, progress, model.phases)
+            await model.ended.wait()  # where it was on its way out
+            fetched = await self.loader.fetch(model.name, progress, model.phases)
+            placements = await self._find_room(model, fetched, evict)
             model.phases.end()
             model.replicas = [
                 Replica(
@@ -269,7 +306,7 @@ class Pool:
                     number,
                     placement,
                     self.loader,
-                    restart_limit=self._restart_limit,
+                    restart_limit=self.keeping.restart_limit,
                     on_loaded=self._on_loaded,
                     clock=self._clock,
                 )
@@ -285,13 +322,99 @@ class Pool:
             log.exception("load failed unexpectedly", model=model.id)
             self._fail(model, LoadFailed(f"The model `{model.id}` could not be loaded; the server's log says why."))
         else:
+            model.failures, model.last_used = 0, self._clock()
             model.ready.set_result(None)
+            self._watch_idle()
+        finally:
+            self.loader.let_go(placements)
 
     def _fail(self, model: ServedModel, error: HfmsError) -> None:
-        model.failure = error.message
+        pause = self.keeping.retry_seconds * 2**model.failures
+        if isinstance(error, DoesNotFit):
+            pause = min(FULL_SECONDS, pause)
+        else:
+            model.failures += 1
+        model.retry_at = self._clock() + min(pause, LONGEST_RETRY)
+        model.failure = error
         model.phases.end()
-        log.error("model failed", model=model.id, reason=error.message)
-        _settle(model, error)
+        log.error("model failed", model=model.id, reason=error.message, retry_seconds=round(pause, 1))
+        model.settle(error)
+
+    def _retry_in(self, model: ServedModel) -> float:
+        """Seconds until a call may load it again after a failure. That of a process after its load is noted here."""
+        if model.failure is None:
+            self._fail(model, LoadFailed(model.reason or "its engines ended"))
+        return model.retry_at - self._clock() if self.keeping.load_on_request else self.keeping.retry_seconds
+
+    # Room.
+
+    async def _find_room(self, model: ServedModel, fetched: Fetched, evict: bool) -> list[Placement]:
+        """Where the replicas go, their memory set aside. Unloads others only where that is sure to be enough.
+
+        Raises what `Loader.arrange` raises, and DoesNotFit.
+        """
+
+        def fits(freed: eviction.Freed) -> bool:
+            try:
+                return all(p.fits for p in self.loader.arrange(fetched, model.wishes, freed, devices))
+            except DoesNotFit:
+                return False
+
+        async with self._room:
+            while True:
+                devices = self.loader.devices()
+                try:
+                    placements = self.loader.arrange(fetched, model.wishes, devices=devices)
+                    self.loader.set_aside(placements)
+                    return placements
+                except DoesNotFit:
+                    chosen = eviction.choose([m.held for m in self._models.values()], fits) if evict else None
+                    if not chosen:
+                        raise
+                    leaving = [self._models[held.id] for held in chosen]
+                await asyncio.gather(*(self._leave(m, "evicted", f"made room for {model.id}") for m in leaving))
+
+    async def unload_idle(self) -> float | None:
+        """Unload what nobody has called for its `idle_seconds`; seconds until there may be more, None where not."""
+        now = self._clock()
+        left: dict[str, float] = {}
+        for model in self._models.values():
+            if model.idle_seconds and not model.pinned and model.away is None and model.state != "failed":
+                used = now if model.in_use or not model.held.steady else model.last_used
+                left[model.id] = used + model.idle_seconds - now
+        over = [self._models[name] for name, seconds in left.items() if seconds <= 0]
+        await asyncio.gather(*(self._leave(m, "idle", f"idle for {m.idle_seconds:g} s") for m in over))
+        return min((seconds for seconds in left.values() if seconds > 0), default=None)
+
+    def _watch_idle(self) -> None:
+        """See to it that somebody looks for idle models while there may be one."""
+
+        async def watch() -> None:
+            while (pause := await self.unload_idle()) is not None:  # noqa: ASYNC110 - an event a call would cost more
+                await asyncio.sleep(pause)
+
+        if self._idle_watch is not None:
+            self._idle_watch.cancel()  # it may sleep longer than the new model may
+        self._idle_watch = asyncio.create_task(watch(), name="unload idle models")
+
+    async def _leave(self, model: ServedModel, why: Why, reason: str) -> None:
+        """Take a loaded model that nobody uses out of memory; a call brings it back. Once begun, it is seen through."""
+        model.unloading, model.away = True, reason
+        model.ended.clear()
+
+        async def end() -> None:
+            try:
+                await asyncio.gather(*(replica.close() for replica in model.replicas))
+            finally:
+                model.replicas, model.unloading = [], False
+                model.ended.set()
+            log.info("model unloaded", model=model.id, reason=reason)
+            self._on_unloaded(model, why)
+
+        task = asyncio.create_task(end(), name=f"unload {model.id}")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        await asyncio.shield(task)
 
     # Unloading.
 
@@ -300,12 +423,13 @@ class Pool:
         model = self.find(name)
         if model is None:
             raise ModelNotFound.named(name, self.names())
-        model.unloading = True
+        model.unloading = model.forgotten = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.idle.wait(), drain_seconds)
         await self._end(model)
         self._models.pop(model.id, None)
         log.info("model unloaded", model=model.id)
+        self._on_unloaded(model, "asked")
         return model
 
     async def _end(self, model: ServedModel) -> None:
@@ -313,12 +437,15 @@ class Pool:
             model.task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await model.task
-        _settle(model, Unavailable(f"The model `{model.id}` was unloaded while it loaded."))
+        model.settle(Unavailable(f"The model `{model.id}` was unloaded while it loaded."))
         await asyncio.gather(*(replica.close() for replica in model.replicas))
 
     async def close(self) -> None:
         """End every process."""
+        if self._idle_watch is not None:
+            self._idle_watch.cancel()
         await asyncio.gather(*(self._end(m) for m in self._models.values()))
+        await asyncio.gather(*self._leaving)
         self._models.clear()
 
     # Health.
@@ -327,44 +454,18 @@ class Pool:
         """Why nothing, or not everything that was asked for at start, can be answered; None when it can."""
         if not self._models:
             return "no model is loaded"
+        if missing := next((n for n in self.keeping.required if n != "*" and self.find(n) is None), None):
+            return f"{missing} is not loaded"
         for model in self._models.values():
+            required = self.is_required(model)
+            if model.id not in self._preloaded and not required:
+                continue
             if model.state in ("loading", "restarting"):
-                return f"{model.id} is {model.state}"
+                return f"{model.id} is {model.state}{f' ({model.doing})' if model.doing else ''}"
+            if model.state == "failed" and required:
+                return f"{model.id} could not be loaded: {model.reason}"
         if any(host.alive() for m in self._models.values() if m.state == "loaded" for host in m.hosts):
             return None
+        if self.keeping.load_on_request and any(m.away is not None for m in self._models.values()):
+            return None  # a call brings it back, and none would come to a server that is not ready
         return "no engine answers: " + "; ".join(f"{m.id}: {m.reason or m.state}" for m in self._models.values())
-
-
-def _settle(model: ServedModel, error: HfmsError) -> None:
-    if not model.ready.done():
-        model.ready.set_exception(error)
-        model.ready.exception()  # a load that nobody awaits is no "never retrieved"
-
-
-def describe(model: ServedModel) -> dict[str, Any]:
-    """A model as `GET /models` and `/status` show it; what its replicas differ in is that of the first that runs."""
-    replicas = [replica.describe() for replica in model.replicas]
-    running = [row for row in replicas if "pid" in row]
-    loading = next((r.phases for r in model.replicas if r.phases.now is not None), model.phases)
-    row: dict[str, Any] = {
-        "id": model.id,
-        "status": status(model.state, model.reason, loading),
-        "aliases": sorted(model.aliases),
-    }
-    if model.replicas:
-        placement = model.replicas[0].placement
-        row |= {
-            "storage": placement.manifest.storage,
-            "revision": placement.manifest.revision,
-            "format": placement.card.format,
-            "architecture": placement.card.architecture,
-            "estimated_bytes": sum(replica.placement.size for replica in model.replicas),
-        }
-    if running:
-        row |= {key: value for key, value in running[0].items() if key != "status"}
-        for total in ("memory_bytes", "requests_running", "requests_waiting", "outstanding_tokens"):
-            row[total] = sum(replica[total] for replica in running)
-        row["load_phases"] = model.phases.seconds() | row["load_phases"]
-    if replicas:
-        row["replicas"] = replicas
-    return row

@@ -61,7 +61,8 @@ class Replica:
         self._on_loaded = on_loaded
         self._clock = clock
         self._host: EngineHost | None = None
-        self._reservation: Reservation | None = None
+        self.reservation: Reservation | None = None
+        """Its memory, while its process runs."""
         self._restarts = 0
         """In a row."""
         self._first_load: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -102,7 +103,7 @@ class Replica:
     async def _load(self) -> EngineHost:
         began = self._clock()
         self.phases = Phases(self._clock)
-        self._host, self._reservation = await self._loader.start(self.model, self.placement, self.phases)
+        self._host, self.reservation = await self._loader.start(self.model, self.placement, self.phases)
         self.phases.end()
         self.load_seconds = self._clock() - began
         self.state, self.reason = "loaded", None
@@ -131,9 +132,10 @@ class Replica:
             self._first_load.exception()  # a load that nobody awaits is no "never retrieved"
 
     def _release(self) -> None:
-        if self._reservation is not None:
-            self._loader.ledger.release(self._reservation)
-        self._host = self._reservation = None
+        if self.reservation is not None:
+            self._loader.learn(self.placement, self.reservation.taken())
+            self._loader.ledger.release(self.reservation)
+        self._host = self.reservation = None
 
     def _named(self) -> dict[str, Any]:
         return {"model": self.model, "replica": self.number}

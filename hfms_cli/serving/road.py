@@ -73,10 +73,12 @@ class Road:
 
     async def answer(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine."""
+        began = self._clock()
         async with self._models.lease(call.model, call.caller) as model, AsyncExitStack() as opened:
             self._refuse_unfit(call, model)
+            waited = self._clock() - began
             # An alias and the name behind it are one model to every middleware.
-            call = msgspec.structs.replace(call, model=model.id, digest=model.digest)
+            call = msgspec.structs.replace(call, model=model.id, digest=model.digest, waited=waited)
             exchange().answer[RECEIPT] = receipt(model.weights, model.info, call)
             chunks = _open(opened, self._chain(model), call)
             with self._metrics.call(model.id, self._clock) as measure:

@@ -15,7 +15,7 @@ from hfms_cli.config import Config
 from hfms_cli.errors import ConfigError, Unavailable
 from hfms_cli.hookspecs import Hardware, Middleware
 from hfms_cli.models.loader import Loader
-from hfms_cli.models.pool import Pool, describe
+from hfms_cli.models.pool import Keeping, Pool, describe
 from hfms_cli.models.router import Router, open_router
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving.road import Road
@@ -104,11 +104,10 @@ class Runtime:
                 hardware,
                 forced={} if config.engine.batching else _one_at_a_time(config, plugins),
             ),
-            restart_limit=config.engine.restart_limit,
-            load_on_request=config.models.load_on_request,
-            replicas=config.models.replicas,
+            _keeping(config, middlewares),
             aliases=config.models.aliases,
             on_loaded=lambda r: metrics.load_duration.labels(r.model).observe(r.load_seconds),
+            on_unloaded=lambda model, why: metrics.unloads.labels(model.id, why).inc(),
         )
         road = Road(pool, middlewares, metrics)
         return cls(config, plugins, hardware, middlewares, router, pool, road, metrics, warnings)
@@ -173,6 +172,8 @@ class Runtime:
         models = self.pool.models()
         m.models_loaded.set(sum(x.state == "loaded" for x in models))
         for model in models:
+            if model.waiting:
+                m.waiting.labels(model.id).inc(model.waiting)
             for replica in model.replicas:
                 m.replicas.labels(model.id, replica.state).inc()
             for host in model.hosts:
@@ -210,6 +211,23 @@ def _refuse_divided_state(config: Config, middlewares: Sequence[Middleware]) -> 
     for middleware in middlewares:
         if reason := middleware.needs_one_front():
             raise ConfigError(f"the middleware `{middleware.name}` needs `workers = 1`: {reason}", param="workers")
+
+
+def _keeping(config: Config, middlewares: Sequence[Middleware]) -> Keeping:
+    """How the operator wishes models to be kept."""
+    models = config.models
+    return Keeping(
+        replicas=models.replicas,
+        restart_limit=config.engine.restart_limit,
+        load_on_request=models.load_on_request,
+        wait_seconds=models.load_wait_seconds,
+        patience_seconds=min((p for m in middlewares if (p := m.patience()) is not None), default=float("inf")),
+        most_waiting=config.engine.max_calls,
+        retry_seconds=models.retry_seconds,
+        idle_seconds=models.idle_seconds,
+        pinned=models.pinned,
+        required=models.required,
+    )
 
 
 def _one_at_a_time(config: Config, plugins: Plugins) -> dict[str, dict[str, int]]:

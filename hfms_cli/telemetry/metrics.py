@@ -51,6 +51,9 @@ class Metrics:
             buckets=(0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
             registry=r,
         )
+        self.unloads = Counter(
+            "hfms_model_unloads", "Models that left memory: asked, idle or evicted.", ["model", "why"], registry=r
+        )
         self.model_memory = Gauge("hfms_model_memory_bytes", "Memory that a model holds.", ["model"], registry=r)
         self.memory_used = Gauge("hfms_memory_used_bytes", "Memory in use on a device.", ["device"], registry=r)
         self.memory_limit = Gauge("hfms_memory_limit_bytes", "Memory of a device.", ["device"], registry=r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from aiohttp import web
@@ -30,6 +31,7 @@ async def list_states(request: web.Request) -> web.StreamResponse:
             "aliases": [],
             "storage": manifest.storage,
             "revision": manifest.revision,
+            "digest": manifest.digest,
             "disk_bytes": manifest.size,
         }
         for manifest in await runtime.router.list()
@@ -51,9 +53,11 @@ async def load(request: web.Request) -> web.StreamResponse:
         name = f"{name}@{body.revision}"
     _refuse_foreign_path(name, runtime.config.models.folders)
     wishes = _wishes(body, runtime.config.models.replicas)
+    model = runtime.pool.begin(name, wishes, body.alias, pinned=body.pinned, idle_seconds=body.idle_seconds)
     if not body.wait:
-        return respond(describe(runtime.pool.begin(name, wishes, body.alias)), status=202)
-    return respond(describe(await runtime.pool.load(name, wishes, body.alias)))
+        return respond(describe(model), status=202)
+    await asyncio.shield(model.ready)
+    return respond(describe(model))
 
 
 @routes.post("/models/unload")

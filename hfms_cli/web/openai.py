@@ -18,7 +18,7 @@ from aiohttp import web
 
 from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
-from hfms_cli.types import Call, Chunk, LoadedInfo
+from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, SERVING, caller_of, log_of, respond
 from hfms_cli.web.schemas import (
@@ -138,22 +138,25 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
     runtime, caller = request.app[RUNTIME], caller_of(request)
     found: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, created: int, root: str, info: LoadedInfo | None = None) -> None:
+    def add(
+        name: str, created: int, root: str, manifest: Manifest | None = None, info: LoadedInfo | None = None
+    ) -> None:
         row = {"id": name, "object": "model", "created": created, "owned_by": "hfms", "root": root}
-        known = {"max_model_len": info.context_length, "tasks": info.tasks} if info else {}
-        found.setdefault(name, row | known)
+        known = {"revision": manifest.revision, "digest": manifest.digest} if manifest else {}
+        able = {"max_model_len": info.context_length, "tasks": info.tasks} if info else {}
+        found.setdefault(name, row | known | able)
 
     for model in runtime.pool.models():
         info = model.host.info if model.host else None
         for name in (model.id, *sorted(model.aliases)):
-            add(name, model.created, model.id, info)
+            add(name, model.created, model.id, model.manifest, info)
     if runtime.config.models.load_on_request:
         for manifest in await runtime.router.list():
             name = names.served_id(manifest.name)
-            add(name, int(runtime.started), name)
+            add(name, int(runtime.started), name, manifest)
     for alias, target in runtime.config.models.aliases.items():
         if target in found:
-            add(alias, found[target]["created"], target)
+            found.setdefault(alias, found[target] | {"id": alias})
     return {name: row for name, row in found.items() if caller.may_use(name, row["root"])}
 
 

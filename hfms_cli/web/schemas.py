@@ -406,6 +406,10 @@ class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """How many, or each of them: `[{"engine": "openvino"}, {"engine": "transformers"}]`."""
     revision: str | None = None
     alias: str | None = None
+    pinned: bool | None = None
+    """It is not unloaded to make room, nor when idle."""
+    idle_seconds: Annotated[float, Meta(ge=0)] | None = None
+    """It is unloaded when nobody has called it for so long; 0: never."""
     wait: bool = True
     """False: answer 202 at once; `GET /models` tells the progress."""
 

@@ -73,6 +73,30 @@ async def test_a_load_that_fails_is_told_and_the_server_goes_on(hfms, tmp_path):
         assert response.status == 200
 
 
+async def test_of_several_models_each_is_told_how_its_load_ended(hfms):
+    served = await hfms("echo:a", "./gone", "echo:b")
+    for told in ("failed", "ready  echo:a", "ready  echo:b"):
+        await served.until(told)
+
+
+@pytest.mark.parametrize(
+    ("toml", "status"),
+    [
+        ("exit_on_failure = true", 1),
+        ('exit_on_failure = true\nrequired = ["gone/model"]', 1),
+        ('exit_on_failure = true\nrequired = ["echo:a"]', None),
+    ],
+)
+async def test_a_failed_load_ends_the_server_only_where_the_operator_says_so(hfms, toml, status):
+    served = await hfms("echo:a", "gone/model", toml=f"[models]\n{toml}\n")
+    if status is None:
+        await served.until("ready")
+        assert served.process.returncode is None
+    else:
+        async with asyncio.timeout(30):
+            assert await served.process.wait() == status
+
+
 @pytest.mark.parametrize(
     ("arguments", "toml", "said"),
     [

@@ -45,7 +45,7 @@ async def test_each_replica_is_a_process_of_its_own_and_is_listed_with_what_it_d
             ("cpu", "loaded", 0)
         ] * 3
         assert row["memory_bytes"] == sum(r["memory_bytes"] for r in row["replicas"])
-        assert row["load_phases"].keys() == {"fetch", "verify", "start", "load"}
+        assert row["load_phases"].keys() == {"fetch", "verify", "start", "load", "warm-up"}
         _, status = await server.get("/status")
         assert [r["pid"] for r in status["models"][0]["replicas"]] == [r["pid"] for r in row["replicas"]]
         async with server.session.get(server.url + "/metrics") as response:

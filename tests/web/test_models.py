@@ -33,8 +33,8 @@ async def test_concurrent_loads_of_one_model_are_one_process(serve):
         assert len({body["pid"] for _, body in answers}) == 1
 
 
-async def test_a_load_without_waiting_answers_202_and_calls_get_503_until_it_is_done(serve):
-    async with serve() as server:
+async def test_where_calls_do_not_wait_for_a_load_they_get_503_until_it_is_done(serve):
+    async with serve(toml="[models]\nload_wait_seconds = 0") as server:
         status, body = await server.post("/models/load", {"model": "echo:a", "wait": False})
         assert (status, body["status"]["value"]) == (202, "loading")
         async with server.session.post(server.url + "/v1/chat/completions", json=CHAT) as response:
@@ -118,6 +118,6 @@ async def test_status_tells_how_each_source_of_what_has_a_cid_is(serve):
 async def test_a_model_tells_how_long_each_phase_of_its_load_took(serve):
     async with serve() as server:
         _, row = await server.post("/models/load", {"model": "echo:a"})
-        assert list(row["load_phases"]) == ["fetch", "verify", "start", "load"]
+        assert list(row["load_phases"]) == ["fetch", "verify", "start", "load", "warm-up"]
         assert row["load_phases"]["start"] + row["load_phases"]["load"] <= row["load_seconds"] + 0.01
         assert "phase" not in row["status"]  # it is over

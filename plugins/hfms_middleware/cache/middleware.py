@@ -183,7 +183,7 @@ def key_of(call: Call, *, shared: bool) -> str:
     Everything of a call counts but its name and its turn, so that a parameter that calls learn later counts, too.
     """
     tenant = None if shared else call.caller.tenant
-    asked = msgspec.structs.replace(call, id="", model="", caller=Caller(), priority=1)
+    asked = msgspec.structs.replace(call, id="", model="", caller=Caller(), priority=1, waited=0.0)
     # JSON with its keys in order: the same dict, written in another order, asks the same.
     plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")
     return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()

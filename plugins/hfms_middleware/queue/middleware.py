@@ -71,7 +71,7 @@ class Queue(Middleware):
         end = "total_cancelled"
         chunks = aiter(proceed(call))
         try:
-            async with asyncio.timeout_at(began + self._options.timeout_seconds):
+            async with asyncio.timeout_at(began - call.waited + self._options.timeout_seconds):
                 first = await anext(chunks, None)
             end = "total_processed"
         except TimeoutError:
@@ -119,6 +119,9 @@ class Queue(Middleware):
 
     def needs_one_front(self) -> str | None:
         return "it counts in memory, and each front would let as many wait; take queue out of [middleware] order"
+
+    def patience(self) -> float | None:
+        return self._options.timeout_seconds
 
     def status(self) -> dict[str, Any]:
         return self.statistics()

@@ -1,0 +1,54 @@
+"""A short call right after a load, so that the first caller does not pay for what an engine does once.
+
+It goes to the engine as any call does, and so it warms whatever a call needs, of whatever engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from hfms_cli.engines.host import EngineHost
+from hfms_cli.errors import BadRequest, HfmsError, LoadFailed
+from hfms_cli.types import Call, CallInput, Pair, Sampling, Task
+
+log = structlog.get_logger("hfms.models")
+
+TEXT = "The quick brown fox jumps over the lazy dog."
+TOKENS = 2
+"""One is made by the pass that reads the prompt, and the next one by a pass of its own."""
+
+
+async def warm_up(host: EngineHost, seconds: float) -> None:
+    """Have the engine answer a call of each kind that it takes; where it cannot, end it.
+
+    seconds: the longest time that this may take. Raises LoadFailed.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            for task in host.info.tasks:
+                await _answered(host, task)
+    except TimeoutError:
+        await host.kill("the warm-up took too long")
+        raise LoadFailed(
+            f"{host.model} did not answer a first call within {seconds:g} s ([models] load_seconds)"
+        ) from None
+    except HfmsError as exc:
+        await host.close()
+        raise LoadFailed(f"{host.model} could not answer a first call: {exc.message}") from exc
+    except BaseException:
+        await host.kill("the load was cancelled")
+        raise
+
+
+async def _answered(host: EngineHost, task: Task) -> None:
+    asked: CallInput = Pair(TEXT, TEXT) if task == "score" else TEXT
+    sampling = Sampling(max_tokens=TOKENS, temperature=0.0)
+    try:
+        async for _ in host.submit(
+            Call(id=f"warm-up-{task}", model=host.model, task=task, inputs=[asked], sampling=sampling)
+        ):
+            continue
+    except BadRequest as exc:  # a model that takes other texts than this one
+        log.info("no warm-up", model=host.model, task=task, reason=exc.message)
