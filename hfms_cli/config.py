@@ -70,7 +70,11 @@ class ModelsConfig:
     serve: list[str] = setting(list, "Models to load at start, as `hfms serve` takes them.", env="MODELS")
     replicas: int = setting(1, "Engine processes of each model.", env="REPLICAS", ge=1, le=256)
     aliases: dict[str, str] = setting(dict, "More names for models: alias = model.")
-    folders: list[str] = setting(list, "Folders whose models may be loaded by name over HTTP.", env="MODEL_FOLDERS")
+    folders: list[str] = setting(
+        list,
+        "Folders of models, and of cards that describe models; all of them are served by name.",
+        env="MODEL_FOLDERS",
+    )
     dtype: str = setting(
         "auto",
         "Precision of weights; auto: float32 on CPU, the model's own elsewhere.",

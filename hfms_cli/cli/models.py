@@ -11,6 +11,7 @@ import typer
 from msgspec import to_builtins
 
 from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_url
+from hfms_cli.cli.discover import discover as discover_models
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
@@ -96,6 +97,7 @@ def rm(name: ModelArgument, config: ConfigFile = None) -> None:
 
 
 app.command()(tune)
+app.command()(discover_models)
 
 
 def _router(config: Path | None) -> Router:
@@ -143,7 +145,7 @@ async def _look(router: Router, name: ModelName) -> tuple[Manifest, Path | None,
         manifest, _ = await router.find(name)
         if name.scheme != "path":
             return manifest, None, None
-    return manifest, *await _read(router, manifest)
+    return manifest, *await read_on_disk(router, manifest)
 
 
 async def _listed(router: Router) -> list[tuple[Manifest, tuple[Task, ...]]]:
@@ -151,7 +153,7 @@ async def _listed(router: Router) -> list[tuple[Manifest, tuple[Task, ...]]]:
     found: list[tuple[Manifest, tuple[Task, ...]]] = []
     for manifest in await router.list():
         try:
-            _, card = await _read(router, manifest)
+            _, card = await read_on_disk(router, manifest)
         except HfmsError:
             found.append((manifest, ()))
         else:
@@ -159,7 +161,7 @@ async def _listed(router: Router) -> list[tuple[Manifest, tuple[Task, ...]]]:
     return found
 
 
-async def _read(router: Router, manifest: Manifest) -> tuple[Path, ModelCard]:
+async def read_on_disk(router: Router, manifest: Manifest) -> tuple[Path, ModelCard]:
     """The folder and the card of a model on this disk. Raises HfmsError."""
     from hfms_cli.models.inspect import inspect
 

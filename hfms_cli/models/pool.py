@@ -29,11 +29,12 @@ from hfms_cli.errors import (
     Unavailable,
 )
 from hfms_cli.models import eviction, names
+from hfms_cli.models.catalogue import Catalogue, Entry
 from hfms_cli.models.loader import Fetched, Loader, Placement, Wish
 from hfms_cli.models.phases import Phases
 from hfms_cli.models.replica import Replica
 from hfms_cli.models.served import ServedModel, describe, least_outstanding
-from hfms_cli.types import Caller, ModelName
+from hfms_cli.types import Caller, Manifest, ModelName
 
 __all__ = ["ANYBODY", "NO_WISH", "Keeping", "Pool", "ServedModel", "describe", "least_outstanding"]
 
@@ -80,6 +81,7 @@ class Pool:
         keeping: Keeping = Keeping(),
         *,
         aliases: dict[str, str] | None = None,
+        catalogue: Catalogue | None = None,
         on_loaded: Callable[[Replica], None] = lambda replica: None,
         on_unloaded: Callable[[ServedModel, Why], None] = lambda model, why: None,
         clock: Callable[[], float] | None = None,
@@ -89,6 +91,7 @@ class Pool:
         self.keeping = keeping
         self._models: dict[str, ServedModel] = {}
         self._aliases = dict(aliases or {})
+        self.catalogue = catalogue or Catalogue()
         self._on_loaded = on_loaded
         self._on_unloaded = on_unloaded
         self._clock = clock or asyncio.get_running_loop().time
@@ -112,14 +115,24 @@ class Pool:
                 return model
         return None
 
+    def _meant_by(self, name: str) -> Entry:
+        """What a name stands for: that of the catalogue, else what it says by itself. Raises BadRequest."""
+        name = self._aliases.get(name, name)
+        if entry := self.catalogue.find(name):
+            return entry
+        parsed = names.parse(name)
+        return Entry(names.served_id(parsed), parsed, listed=False)
+
     def _known_as(self, name: str) -> list[str]:
-        """The name, what its alias stands for, and the id of the model where it is in the pool."""
-        model = self.find(name)
-        return [name, self._aliases.get(name, name), *([model.id] if model else [])]
+        """The name, what its alias stands for, and the id of the model where it is known."""
+        target = self._aliases.get(name, name)
+        found = self.find(name) or self.catalogue.find(target)
+        return [name, target, *([found.id] if found else [])]
 
     def names(self) -> list[str]:
-        """Every name that `find` takes."""
-        return [n for m in self._models.values() for n in (m.id, *sorted(m.aliases))] + list(self._aliases)
+        """Every name that is known here."""
+        served = [n for m in self._models.values() for n in (m.id, *sorted(m.aliases))]
+        return [*served, *self._aliases, *(n for e in self.catalogue.entries for n in (e.id, *e.aliases))]
 
     def _is_one_of(self, model: ServedModel, told: Collection[str]) -> bool:
         """Whether the operator means this model by one of these names."""
@@ -193,12 +206,29 @@ class Pool:
 
     async def _load_from_disk(self, name: str, caller: Caller) -> ServedModel:
         """Begin to load a model that is on this disk already: a caller's word alone fetches nothing."""
+        why = ""
         if self.keeping.load_on_request:
+            await self.catalogue.refresh()
             with contextlib.suppress(BadRequest):
-                wanted = names.parse(self._aliases.get(name, name))
-                if wanted.scheme != "path" and await self.loader.router.has(wanted):
-                    return self.begin(str(wanted))
-        raise ModelNotFound.named(name, filter(caller.may_use, self.names()))
+                meant = self._meant_by(name)
+                if meant.name.scheme == "path" and meant.listed:  # other paths are none of a caller's business
+                    return self.begin(name)
+                if meant.name.scheme != "path" and (there := await self.loader.router.on_disk(meant.name)):
+                    return self._same(meant.name, there) or self.begin(name)
+                if meant.listed:
+                    why = f"It is not on this disk; `hfms models pull {meant.name}` fetches it."
+        raise ModelNotFound.named(name, (n for n in self.names() if caller.may_use(n) and n != name), why)
+
+    def _same(self, name: ModelName, there: Manifest) -> ServedModel | None:
+        """The model of the pool that a name with a revision means, whatever that model is called there."""
+        if name.revision is None:
+            return None
+        told = (there.storage, there.name.scheme, there.name.rest, there.revision)
+        for model in self._models.values():
+            m = model.manifest
+            if m is not None and told == (m.storage, m.name.scheme, m.name.rest, m.revision):
+                return model
+        return None
 
     # Loads.
 
@@ -233,38 +263,34 @@ class Pool:
         pinned, idle_seconds: None leaves it as it is, at first as the configuration says.
         evict: whether models that nobody uses may be unloaded for it.
         """
-        parsed = names.parse(self._aliases.get(name, name))
-        model = self.find(name) or self._models.get(names.served_id(parsed))
+        meant = self._meant_by(name)
+        model = self.find(name) or self._models.get(meant.id)
         if model is None:
-            model = self._new(parsed)
-        self._refuse_mix_up(model, parsed, wishes, alias)
+            model = self._new(meant)
+        self._refuse_mix_up(model, meant.name, wishes, alias)
         if alias:
             model.aliases.add(alias)
         model.pinned = model.pinned if pinned is None else pinned
         model.idle_seconds = model.idle_seconds if idle_seconds is None else idle_seconds
         if model.state == "failed":
-            model.wishes, model.failures = self._usual_wishes, 0
+            model.wishes, model.failures = meant.wishes(self.keeping.replicas), 0
         if model.task is None or model.away is not None or model.state == "failed":
             model.wishes = wishes or model.wishes
             self._start(model, evict=evict)
         return model
 
-    def _new(self, parsed: ModelName) -> ServedModel:
-        model = ServedModel(names.served_id(parsed), parsed, self._usual_wishes, Phases(self._clock))
-        model.pinned = self._is_one_of(model, self.keeping.pinned)
-        model.idle_seconds = self.keeping.idle_seconds
+    def _new(self, meant: Entry) -> ServedModel:
+        model = ServedModel(meant.id, meant.name, meant.wishes(self.keeping.replicas), Phases(self._clock))
+        model.aliases |= set(meant.aliases)
+        told = meant.loading
+        model.pinned = told.pinned or self._is_one_of(model, self.keeping.pinned)
+        model.idle_seconds = self.keeping.idle_seconds if told.idle_seconds is None else told.idle_seconds
         self._models[model.id] = model
         return model
 
-    @property
-    def _usual_wishes(self) -> tuple[Wish, ...]:
-        return (NO_WISH,) * self.keeping.replicas
-
-    def _refuse_mix_up(
-        self, model: ServedModel, parsed: ModelName, wishes: tuple[Wish, ...], alias: str | None
-    ) -> None:
+    def _refuse_mix_up(self, model: ServedModel, name: ModelName, wishes: tuple[Wish, ...], alias: str | None) -> None:
         """Raises Conflict where the load would make another model of one that is there, or take a name away."""
-        if model.name != parsed:
+        if model.name != name:
             raise Conflict(
                 f"`{model.id}` is already served from {model.name.scheme or 'hub'} "
                 f"{model.name.rest!r}; unload it first or give the new one an alias.",
@@ -275,7 +301,9 @@ class Pool:
             raise Conflict(f"`{model.id}` is already served with other settings; unload it first.", param="model")
         if model.forgotten:
             raise Conflict(f"`{model.id}` is being unloaded; load it again when that is over.", param="model")
-        if alias and (self.find(alias) not in (None, model) or alias in self._aliases):
+        listed = self.catalogue.find(alias) if alias else None
+        taken = self.find(alias) not in (None, model) if alias else False
+        if taken or alias in self._aliases or (listed is not None and listed.id != model.id):
             raise Conflict(f"`{alias}` is already the name of another model.", param="alias")
 
     def _start(self, model: ServedModel, *, evict: bool = True) -> None:

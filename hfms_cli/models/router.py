@@ -101,14 +101,14 @@ class Router:
 
         return [m for found in await asyncio.gather(*map(listed, self.storages)) for m in found]
 
-    async def has(self, name: ModelName) -> bool:
-        """Whether the model is on this disk. Reads the disk anew at most once in `LOOK_SECONDS`.
+    async def on_disk(self, name: ModelName) -> Manifest | None:
+        """The model, where it is on this disk. Reads the disk anew at most once in `LOOK_SECONDS`.
 
         Clients can ask for any name they like, and a large cache takes long to read.
         """
         if self._clock() - self._looked > LOOK_SECONDS:
             self._there, self._looked = await self.list(), self._clock()
-        return any(stands_for(name, m) for m in self._there)
+        return next((m for m in self._there if stands_for(name, m)), None)
 
     async def remove(self, name: ModelName) -> Manifest:
         """Delete a model from this disk, and answer what it was. Raises ModelNotFound, BadRequest."""

@@ -14,6 +14,7 @@ import psutil
 from hfms_cli.config import Config
 from hfms_cli.errors import ConfigError, Unavailable
 from hfms_cli.hookspecs import Hardware, Middleware
+from hfms_cli.models.catalogue import Catalogue
 from hfms_cli.models.loader import Loader
 from hfms_cli.models.pool import Keeping, Pool, describe
 from hfms_cli.models.router import Router, open_router
@@ -96,6 +97,9 @@ class Runtime:
         hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
         router = open_router(config, plugins, observe=metrics.storage)
+        catalogue = Catalogue(config.models.folders)
+        catalogue.look()
+        warnings += catalogue.faults
         pool = Pool(
             Loader(
                 config,
@@ -106,6 +110,7 @@ class Runtime:
             ),
             _keeping(config, middlewares),
             aliases=config.models.aliases,
+            catalogue=catalogue,
             on_loaded=lambda r: metrics.load_duration.labels(r.model).observe(r.load_seconds),
             on_unloaded=lambda model, why: metrics.unloads.labels(model.id, why).inc(),
         )
@@ -147,6 +152,7 @@ class Runtime:
                 {"name": i.name, "package": i.package, "version": i.version, "enabled": i.enabled, "error": i.error}
                 for i in self.plugins.infos
             ],
+            "folders": {"models": len(self.pool.catalogue.entries), "faults": self.pool.catalogue.faults},
             "storage": {"order": self.config.order("storage"), "content": self.router.content.status()},
             "middleware": {m.name: m.status() for m in self.middlewares},
             "warnings": self.warnings,

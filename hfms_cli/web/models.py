@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from hfms_cli.errors import BadRequest, Forbidden
 from hfms_cli.models import names
+from hfms_cli.models.catalogue import Entry
 from hfms_cli.models.loader import Wish
 from hfms_cli.models.pool import NO_WISH, describe
+from hfms_cli.types import Manifest
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, require_admin, respond
 from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest
@@ -24,20 +27,31 @@ async def list_states(request: web.Request) -> web.StreamResponse:
     runtime, caller = request.app[RUNTIME], caller_of(request)
     rows = [describe(m) for m in runtime.pool.models()]
     seen = {row["id"] for row in rows}
-    rows += [
-        {
-            "id": model_id,
-            "status": {"value": "unloaded"},
-            "aliases": [],
-            "storage": manifest.storage,
-            "revision": manifest.revision,
-            "digest": manifest.digest,
-            "disk_bytes": manifest.size,
-        }
-        for manifest in await runtime.router.list()
-        if (model_id := names.served_id(manifest.name)) not in seen
-    ]
+    await runtime.pool.catalogue.refresh()
+    rows += [_listed(entry) for entry in runtime.pool.catalogue.entries if entry.id not in seen]
+    seen = {row["id"] for row in rows}
+    for manifest in await runtime.router.list():
+        if (model_id := names.served_id(manifest.name)) not in seen:
+            rows.append(_on_disk(model_id, manifest))
     return respond({"object": "list", "data": [r for r in rows if caller.may_use(r["id"], *r["aliases"])]})
+
+
+def _listed(entry: Entry) -> dict[str, Any]:
+    row = {"id": entry.id, "status": {"value": "unloaded"}, "aliases": list(entry.aliases), "tasks": list(entry.tasks)}
+    more = {"architecture": entry.architecture, "hardware": list(entry.hardware), "summary": entry.summary}
+    return row | {key: value for key, value in more.items() if value}
+
+
+def _on_disk(model_id: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "status": {"value": "unloaded"},
+        "aliases": [],
+        "storage": manifest.storage,
+        "revision": manifest.revision,
+        "digest": manifest.digest,
+        "disk_bytes": manifest.size,
+    }
 
 
 @routes.post("/models/load")
@@ -51,7 +65,9 @@ async def load(request: web.Request) -> web.StreamResponse:
         if "@" in name:
             raise BadRequest("Give the revision in the name or in `revision`, not in both.", param="revision")
         name = f"{name}@{body.revision}"
-    _refuse_foreign_path(name, runtime.config.models.folders)
+    await runtime.pool.catalogue.refresh()
+    if runtime.pool.catalogue.find(name) is None:
+        _refuse_foreign_path(name, runtime.config.models.folders)
     wishes = _wishes(body, runtime.config.models.replicas)
     model = runtime.pool.begin(name, wishes, body.alias, pinned=body.pinned, idle_seconds=body.idle_seconds)
     if not body.wait:

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
 from hfms_cli.models import names
+from hfms_cli.models.router import stands_for
 from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import REQUEST_ID, RUNTIME, SERVING, caller_of, log_of, respond
@@ -151,7 +152,14 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
         for name in (model.id, *sorted(model.aliases)):
             add(name, model.created, model.id, model.manifest, info)
     if runtime.config.models.load_on_request:
-        for manifest in await runtime.router.list():
+        await runtime.pool.catalogue.refresh()
+        on_disk = await runtime.router.list()
+        for entry in runtime.pool.catalogue.entries:
+            manifest = next((m for m in on_disk if stands_for(entry.name, m)), None)
+            if manifest or entry.name.scheme == "path":
+                for name in (entry.id, *entry.aliases):
+                    add(name, int(runtime.started), entry.id, manifest)
+        for manifest in on_disk:
             name = names.served_id(manifest.name)
             add(name, int(runtime.started), name, manifest)
     for alias, target in runtime.config.models.aliases.items():

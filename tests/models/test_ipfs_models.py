@@ -64,7 +64,7 @@ async def test_what_was_fetched_is_there_when_the_stores_are_not(shelf, tmp_path
     await models(shelf, root=tmp_path / "ipfs").pull(name, ignore)
     router = models(root=tmp_path / "ipfs")
     assert (await router.pull(name, ignore))[0].revision == shelf.cid
-    assert await router.has(name)
+    assert await router.on_disk(name)
     removed = await router.remove(name)
     assert removed.revision == shelf.cid
     assert await router.list() == []

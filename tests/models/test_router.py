@@ -264,7 +264,7 @@ async def test_every_operation_is_counted_with_its_outcome(shelves):
     ]
 
 
-async def test_has_reads_the_disk_anew_only_after_a_while():
+async def test_what_is_on_disk_is_read_anew_only_after_a_while():
     now = [0.0]
     looks = []
 
@@ -280,10 +280,10 @@ async def test_has_reads_the_disk_anew_only_after_a_while():
             return [Manifest(name=parse("org/here"), storage="disk", revision="c", files=())] if now[0] > 3 else []
 
     router = Router([Disk()], clock=lambda: now[0])
-    assert not await router.has(parse("org/here"))
+    assert not await router.on_disk(parse("org/here"))
     now[0] = 4.0
-    assert not await router.has(parse("org/here"))
+    assert not await router.on_disk(parse("org/here"))
     now[0] = 5.5
-    assert await router.has(parse("org/here"))
-    assert not await router.has(parse("org/other"))
+    assert await router.on_disk(parse("org/here"))
+    assert not await router.on_disk(parse("org/other"))
     assert looks == [0.0, 5.5]
