@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -96,6 +98,8 @@ class EngineHost:
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
         self._stderr_task: asyncio.Task[None]
+        self._temporary = ""
+        """The process's own folder for temporary files, which goes when it goes, however it went."""
 
     @classmethod
     async def start(
@@ -229,24 +233,26 @@ class EngineHost:
             await self._reap()
         elif not self.pid and self._writer is not None:
             self._writer.close()  # a process that was about to start finds nobody, and ends
+            shutil.rmtree(self._temporary, ignore_errors=True)
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
 
     async def _spawn(self) -> None:
+        self._temporary = tempfile.mkdtemp(prefix="hfms-")
         ours, theirs = socket.socketpair()
         # Connected first: from the moment there is a process, nothing else can be interrupted before it is known.
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "hfms_cli.engines.worker", str(theirs.fileno())),
+                *("-m", "hfms_cli.engines.worker", str(theirs.fileno()), self._temporary),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C in the terminal must not reach it
-                env=worker_environ(os.environ),
+                env=worker_environ(os.environ) | {"TMPDIR": self._temporary},
             )
         self.pid = self._process.pid
         self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
@@ -303,6 +309,7 @@ class EngineHost:
             return self.ended.result()
         assert self._writer is not None
         self._writer.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
         self.ended.set_result(self._reason(code))
         if not self._closing:
             log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())

@@ -7,6 +7,7 @@ the process when the front's end of the socket closes, however the front died.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -33,8 +34,9 @@ BEAT_SECONDS = 1.0
 class Link:
     """The worker's end of the socket."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, temporary: str) -> None:
+        """temporary: this process's own folder, which goes with the front."""
+        self._sock, self._temporary = sock, temporary
         self._inbox: SimpleQueue[wire.ToWorker] = SimpleQueue()
         self._process = psutil.Process()
         self._memory, self._memory_at = self._process.memory_info().rss, time.monotonic()
@@ -44,7 +46,8 @@ class Link:
         with self._sock.makefile("rb") as stream:
             while header := stream.read(wire.HEADER.size):
                 self._inbox.put(wire.decode_for_worker(stream.read(*wire.HEADER.unpack(header))))
-        # The front is gone: nobody is left to answer, and the model's memory belongs to others now.
+        # The front is gone: nobody is left to answer or to clean up, and the model's memory belongs to others now.
+        shutil.rmtree(self._temporary, ignore_errors=True)
         os._exit(0)
 
     def receive(self, timeout: float) -> list[wire.ToWorker]:
@@ -143,10 +146,10 @@ def _fault(exc: Exception) -> wire.Fault:
 
 
 def main() -> None:
-    """Entry point: `python -m hfms_cli.engines.worker FD`, where FD is a connected Unix socket."""
+    """Entry point: `python -m hfms_cli.engines.worker FD FOLDER`: a connected Unix socket, and a folder of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle: it drains first
     os.dup2(2, 1)  # libraries print; the front relays stderr into its log
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    link = Link(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     try:
         model = load(link.first(), link)
     except Exception as exc:
