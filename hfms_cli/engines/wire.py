@@ -111,7 +111,7 @@ class Step(Struct, tag=True):
     waiting: int
     """Calls that have not begun."""
     memory_bytes: int
-    """Resident memory of the worker's process."""
+    """Resident memory of the worker's process and of what it has started."""
 
 
 ToWorker = Load | Submit | Cancel | Ask | Close

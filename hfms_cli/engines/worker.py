@@ -22,6 +22,7 @@ import psutil
 
 from hfms_cli.config import Config, PluginsConfig
 from hfms_cli.engines import wire
+from hfms_cli.engines.resident import tree_bytes
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
 from hfms_cli.hookspecs import LoadedModel, LoadRequest
 from hfms_cli.plugins import discover
@@ -39,7 +40,7 @@ class Link:
         self._sock, self._temporary = sock, temporary
         self._inbox: SimpleQueue[wire.ToWorker] = SimpleQueue()
         self._process = psutil.Process()
-        self._memory, self._memory_at = self._process.memory_info().rss, time.monotonic()
+        self._memory, self._memory_at = tree_bytes(self._process), time.monotonic()
         threading.Thread(target=self._read, name="front", daemon=True).start()
 
     def _read(self) -> None:
@@ -68,9 +69,12 @@ class Link:
         self._sock.sendall(wire.pack(frame))
 
     def memory(self) -> int:
-        """Resident bytes, read at most once a beat: it costs more than a small step."""
+        """Resident bytes of this process and of what it has started.
+
+        Read at most once a beat: it costs more than a small step.
+        """
         if time.monotonic() - self._memory_at > BEAT_SECONDS:
-            self._memory, self._memory_at = self._process.memory_info().rss, time.monotonic()
+            self._memory, self._memory_at = tree_bytes(self._process), time.monotonic()
         return self._memory
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -80,7 +80,7 @@ class Pool:
         loader: Loader,
         keeping: Keeping = Keeping(),
         *,
-        aliases: dict[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
         catalogue: Catalogue | None = None,
         on_loaded: Callable[[Replica], None] = lambda replica: None,
         on_unloaded: Callable[[ServedModel, Why], None] = lambda model, why: None,
@@ -90,7 +90,7 @@ class Pool:
         self.loader = loader
         self.keeping = keeping
         self._models: dict[str, ServedModel] = {}
-        self._aliases = dict(aliases or {})
+        self._aliases: Mapping[str, str] = {} if aliases is None else aliases
         self.catalogue = catalogue or Catalogue()
         self._on_loaded = on_loaded
         self._on_unloaded = on_unloaded
@@ -103,6 +103,11 @@ class Pool:
         self._idle_watch: asyncio.Task[None] | None = None
 
     # Names.
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Those that stand for a name, whether or not that is loaded."""
+        return self._aliases
 
     def models(self) -> list[ServedModel]:
         return list(self._models.values())
@@ -161,7 +166,7 @@ class Pool:
             yield model
         finally:
             model.leases -= 1
-            model.last_used = self._clock()
+            model.used(self._clock())
             if not model.leases:
                 model.idle.set()
 
@@ -350,7 +355,8 @@ class Pool:
             log.exception("load failed unexpectedly", model=model.id)
             self._fail(model, LoadFailed(f"The model `{model.id}` could not be loaded; the server's log says why."))
         else:
-            model.failures, model.last_used = 0, self._clock()
+            model.failures = 0
+            model.used(self._clock())
             model.ready.set_result(None)
             self._watch_idle()
         finally:

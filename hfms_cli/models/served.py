@@ -60,7 +60,8 @@ class ServedModel:
     waiting: int = 0
     """Calls that wait for the load."""
     last_used: float = 0.0
-    """When the last call ended, or else the load."""
+    """When the last call ended, or else the load; by the pool's clock, and as Unix time."""
+    last_used_at: float = 0.0
     idle: asyncio.Event = field(default_factory=_set_event)
     """No call is in flight."""
     ended: asyncio.Event = field(default_factory=_set_event)
@@ -184,6 +185,10 @@ class ServedModel:
         """Send a call to the engine that has least to do. Raises LoadFailed or Unavailable."""
         return self.host_now().submit(call)
 
+    def used(self, now: float) -> None:
+        """A call has ended, or the load. now: by the pool's clock."""
+        self.last_used, self.last_used_at = now, time.time()
+
     def settle(self, error: HfmsError) -> None:
         """Tell all who wait for the load that it came to nothing."""
         if not self.ready.done():
@@ -206,6 +211,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "aliases": sorted(model.aliases),
         "pinned": model.pinned,
         "idle_seconds": model.idle_seconds,
+        "last_used": round(model.last_used_at, 3) or None,
     }
     if model.replicas:
         placement = model.replicas[0].placement

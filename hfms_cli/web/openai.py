@@ -162,7 +162,7 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
         for manifest in on_disk:
             name = names.served_id(manifest.name)
             add(name, int(runtime.started), name, manifest)
-    for alias, target in runtime.config.models.aliases.items():
+    for alias, target in runtime.pool.aliases.items():
         if target in found:
             found.setdefault(alias, found[target] | {"id": alias})
     return {name: row for name, row in found.items() if caller.may_use(name, row["root"])}
