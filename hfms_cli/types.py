@@ -33,6 +33,7 @@ __all__ = [
     "Question",
     "Reply",
     "Sampling",
+    "Structure",
     "Task",
     "TextOf",
     "TokenLogprob",
@@ -50,6 +51,16 @@ Octets = bytes
 
 PRIORITIES = ("low", "normal", "high", "critical")
 """By rank: `Call.priority` and `Caller.priority` are indices of these."""
+
+
+class Structure(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an answer must look like. The engine lets only such tokens be chosen as can still become that."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+    spec: str = ""
+    """The schema as JSON, the regex, the grammar, or the choices as a JSON list of strings."""
+    param: str = "response_format"
+    """The request's field that it came in, for errors."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,6 +92,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether the stop string that was met is part of the answer."""
     skip_special_tokens: bool = True
     """Whether tokens such as `<|im_start|>` have no text in the answer."""
+    structure: Structure | None = None
 
 
 class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):

@@ -12,6 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
 from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling, TokensOf
+from hfms_cli.web.structure import ResponseFormat, Structured
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -38,7 +39,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     """With `include_usage`: every event tells the usage so far, not only the last."""
 
 
-class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
+class Generate(Structured, kw_only=True, forbid_unknown_fields=True):
     """What completions and chat have in common: how tokens are chosen, and how the answer is sent."""
 
     model: str
@@ -76,7 +77,9 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
             "service_tier": (None, "auto", "default"),
         }
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
+    def sampling(
+        self, max_tokens: int | None, logprobs: int | None, response_format: ResponseFormat | None = None
+    ) -> Sampling:
         """The engine's view. Raises BadRequest for what the types cannot say."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or "" in stop:
@@ -102,6 +105,7 @@ class Generate(Struct, kw_only=True, forbid_unknown_fields=True):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "include_stop": self.include_stop_str_in_output,
             "skip_special_tokens": self.skip_special_tokens,
+            "structure": self.structure(response_format),
         }
         return Sampling(stop=tuple(stop), **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
 
@@ -220,7 +224,7 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     reasoning_effort: Any = None
@@ -235,7 +239,6 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             "parallel_tool_calls": (None, True, False),  # without tools there is nothing to do in parallel
             "functions": (None, []),
             "function_call": (None, "none", "auto"),
-            "response_format": (None, {"type": "text"}),
             "reasoning_effort": (None,),
             "modalities": (None, ["text"]),
             "audio": (None,),
@@ -258,7 +261,9 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             task="generate",
             inputs=[conversation],
             sampling=self.sampling(
-                self.max_completion_tokens or self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None
+                self.max_completion_tokens or self.max_tokens,
+                (self.top_logprobs or 0) if self.logprobs else None,
+                self.response_format,
             ),
             n=self.n or 1,
             caller=caller,

@@ -3,8 +3,8 @@
     admit    the first in line get blocks, as far as there are some and as one step can read
     plan     what each sequence has not read yet: a token where it is under way, else a piece of its prompt;
              a flood sits out the pass that makes the first token of one who has less than its share
-    guess    what may come next, by what was there before or by a draft model, to be read along and checked, while the
-             pass has room for more rows
+    guess    what may come next, by its structure, by what was there before or by a draft model, to be read along and
+             checked, while the pass has room for more rows
     pass     all of that in one pass; who has read all makes a token, and one more for each right guess
     leave    its blocks are free, and keep what they hold until they are needed
 
@@ -85,6 +85,7 @@ class PagedScheduler(Scheduler):
     def step(self) -> list[Event]:
         """A token or more of each sequence under way, and as much of prompts as the pace allows."""
         events: list[Event] = []
+        self._compiled(events)
         answering = any(s.length - s.cached == 1 for s in self._rows)
         most = self._pace.tokens(answering)
         self._admit(most, events)
@@ -105,7 +106,8 @@ class PagedScheduler(Scheduler):
             )
             if any(p.scored for p in pieces):
                 logits = self._without_scored(pieces, logits, scores)
-            return self._choose(logits, [p.seq for p in choosing for _ in range(p.tail)])
+            samplers = [s for p in choosing for s in p.seq.sampler.along(p.guesses)]
+            return self._choose(logits, [p.seq for p in choosing for _ in range(p.tail)], samplers)
 
         chosen = self._attempt(work, [p.seq for p in pieces], events)
         if chosen is None:
@@ -212,7 +214,7 @@ class PagedScheduler(Scheduler):
         for seq in answering:
             # A guess can be checked where the likeliest token is taken.
             most = min(spare, self._guess_tokens, seq.limit - len(seq.made) - 1)
-            if most > 0 and seq.sampler.greedy and not seq.sampler.adjusts:
+            if most > 0 and seq.sampler.foreseeable:
                 if guesses := self._guess(seq, most):
                     spare -= len(guesses)
                     found[seq] = guesses, False
@@ -231,14 +233,17 @@ class PagedScheduler(Scheduler):
             log.exception("the draft model failed, and is not asked again")
             self._drafter = None
             return {}
+        guesses = {s: s.sampler.matcher.fitting(g) if s.sampler.matcher else g for s, g in guesses.items()}
         return {s: g for s, g in guesses.items() if self._blocks.extend(self._tables[s], s.length + len(g))}
 
     def _guess(self, seq: Seq, most: int) -> list[int]:
-        """What followed when it last stood like this, where there are blocks for it."""
+        """What has to follow, or followed when it last stood like this, where there are blocks for it."""
         guesser = self._guessers.get(seq)
         if guesser is None:
             guesser = self._guessers[seq] = Guesser(seq.tokens, self._guess_tokens)
         guesses = guesser.guess(most)
+        if (matcher := seq.sampler.matcher) is not None:
+            guesses = matcher.forced()[:most] or matcher.fitting(guesses)
         return guesses if self._blocks.extend(self._tables[seq], seq.length + len(guesses)) else []
 
     def _admit(self, most: int, events: list[Event]) -> None:

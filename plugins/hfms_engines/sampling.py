@@ -6,13 +6,18 @@ own row of logits, and not on the rows that happen to be beside it, their number
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from hfms_cli import Sampling
+
+if TYPE_CHECKING:
+    from hfms_engines.structure import Matcher
 
 # Below this, a temperature means: the likeliest token.
 GREEDY = 1e-5
@@ -24,11 +29,20 @@ class Sampler:
     """One sequence's settings, its random numbers, and the tokens that penalties count.
 
     prompt: for repetition_penalty. stop_ids: held back until `min_tokens`. choice: which of `n` answers this is;
-    answers to one seed differ by it.
+    answers to one seed differ by it. matcher: of the structure that the answer must have.
     """
 
-    def __init__(self, sampling: Sampling, *, prompt: Sequence[int], stop_ids: Collection[int], choice: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        prompt: Sequence[int],
+        stop_ids: Collection[int],
+        choice: int,
+        matcher: Matcher | None = None,
+    ) -> None:
         self.sampling = sampling
+        self.matcher = matcher
         self.greedy = sampling.temperature < GREEDY
         self.made: Counter[int] = Counter()
         # Reproducible answers are wanted, not secrets.
@@ -42,10 +56,42 @@ class Sampler:
     def took(self, token: int) -> None:
         """The sequence goes on with this token."""
         self.made[token] += 1
+        if self.matcher is not None:
+            self.matcher.took(token)
 
     @property
     def adjusts(self) -> bool:
         """Whether the next token's logits are not taken as they are."""
+        return self.matcher is not None or self._weighs
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has its structure, and cannot go on."""
+        return self.matcher is not None and self.matcher.complete
+
+    @property
+    def stuck(self) -> bool:
+        """Whether its structure has become too much to follow."""
+        return self.matcher is not None and self.matcher.stuck
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether nothing but the logits, and the structure, says what comes next: so it can be guessed and checked."""
+        return self.greedy and not self._weighs
+
+    def along(self, tokens: Sequence[int]) -> list[Sampler]:
+        """One for each place among tokens that may come next: before the first, and after each of them."""
+        found, matcher = [self], self.matcher
+        for token in tokens:
+            ahead = copy.copy(self)
+            if matcher is not None:
+                ahead.matcher = matcher = matcher.copy()
+                matcher.took(token)
+            found.append(ahead)
+        return found
+
+    @property
+    def _weighs(self) -> bool:
         s = self.sampling
         return bool(self._count or s.repetition_penalty != 1 or s.logit_bias or self._too_early)
 
@@ -55,12 +101,12 @@ class Sampler:
         return least > 0 and self.made.total() < least
 
     def adjust(self, row: torch.Tensor) -> None:
-        """Apply bias, minimum length and penalties to a row of logits, [vocabulary], in place."""
+        """Apply bias, minimum length, penalties and structure to a row of logits, [vocabulary], in place."""
         s = self.sampling
         if s.logit_bias:
             ids = torch.tensor(list(s.logit_bias), device=row.device)
             row[ids] += torch.tensor(list(s.logit_bias.values()), device=row.device, dtype=row.dtype)
-        if self._too_early:
+        if self._too_early and self.matcher is None:
             row[self._stop_ids] = -torch.inf
         if s.repetition_penalty != 1 and (seen := self._prompt + list(self.made)):
             ids = torch.tensor(seen, device=row.device)
@@ -70,6 +116,8 @@ class Sampler:
             ids = torch.tensor(list(self.made), device=row.device)
             times = torch.tensor(list(self.made.values()), device=row.device, dtype=row.dtype)
             row[ids] -= s.frequency_penalty * times + s.presence_penalty
+        if self.matcher is not None:
+            self.matcher.bar(row, self._stop_ids if self._too_early or s.ignore_eos else ())
 
     def draw(self) -> float:
         """A number from 0 to 1, without 1."""
@@ -77,9 +125,9 @@ class Sampler:
 
 
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of each row of `logits`, [rows, vocabulary] float32; -1 where a row is not finite.
+    """The next token of each row of `logits`, [rows, vocabulary] float32.
 
-    The logits are overwritten.
+    -1 where a row is not finite, or where its sampler's matcher is stuck. The logits are overwritten.
     """
     with torch.inference_mode():
         tokens: list[int] = _sample(logits, samplers).tolist()
@@ -95,6 +143,9 @@ def _sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         for i in adjusted:
             samplers[i].adjust(logits[i])
         chosen = _likeliest(logits)
+        for i in adjusted:
+            if samplers[i].stuck:
+                sound[i] = False
     drawn = [i for i, s in enumerate(samplers) if not s.greedy]
     if drawn:
         chosen[drawn] = _draw(logits[drawn], [samplers[i] for i in drawn])

@@ -1,6 +1,7 @@
 """Calls in, chunks out: what every scheduler of text generation does, whatever its cache is like.
 
     submit   call -> sequences, one for each input and choice, in the line
+    compile  what an answer must look like is compiled first, beside the steps
     begin    who is next in line gets its place, and reads its prompt
     advance  each step makes a token of each sequence under way
     leave    a sequence that is done, or whose call is cancelled, gives its place back
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     import torch
 
     from hfms_engines.sampling import Sampler
+    from hfms_engines.structure import Matcher
 
 log = logging.getLogger("hfms.engine")
 
@@ -56,6 +58,8 @@ Event = tuple[str, Chunk | HfmsError | None]
 
 # Numbers in the logits of prompts that one pass makes at most, 128 MiB of them: a prompt is read in pieces for that.
 _LOGITS = 2**25
+
+_STUCK = "It has become too much work to say what fits the structure that was asked for; ask for a simpler one."
 
 # fmt: off
 # What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
@@ -99,9 +103,10 @@ class Seq(Choice):
             return Chunk(index=self.index, finish_reason="length", text=self.prompt.text, logprobs=self.prompt.scores)
         self.made.append(token)
         self.sampler.took(token)
-        ended = token in self.stop_ids
+        silent = token in self.stop_ids
+        ended = silent or self.sampler.complete
         last = ended or len(self.made) >= self.limit
-        text = "" if ended else self.words.feed(token)
+        text = "" if silent else self.words.feed(token)
         if last:
             text += self.words.flush()
         if self.scores:
@@ -168,7 +173,7 @@ class Scheduler(ABC):
         stall_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        from hfms_engines import logprobs, sampling
+        from hfms_engines import logprobs, sampling, structure
 
         self.info = info
         self._runner = runner
@@ -182,6 +187,10 @@ class Scheduler(ABC):
         self._pace = Pace(prefill_tokens, stall_seconds)
         self._calls: dict[str, OpenCall] = {}
         self._line: Line[Seq] = Line(clock)
+        matchers = structure.Matchers(
+            runner.tokenizer, vocabulary=runner.vocabulary, stop_ids=runner.stop_ids, silent_ids=runner.silent_ids
+        )
+        self._structures = structure.Workshop(matchers.make, matchers.close)
         self._rows: list[Seq] = []
         """Under way."""
         self._admitted = 0
@@ -210,12 +219,21 @@ class Scheduler(ABC):
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
         ]
-        self._calls[call.id] = kept = OpenCall.of(call)
-        for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
-            for k in range(call.n):
-                seq = self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling)
-                seq.echo = call.echo
-                self._line.enter(seq)
+        kept = OpenCall.of(call)
+
+        def enter(matcher: Matcher | None = None) -> None:
+            for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+                for k in range(call.n):
+                    own = matcher and matcher.copy()
+                    seq = self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling, own)
+                    seq.echo = call.echo
+                    self._line.enter(seq)
+
+        if call.sampling.structure is None:
+            enter()
+        else:
+            self._structures.order(call.id, call.sampling.structure, enter)
+        self._calls[call.id] = kept
 
     def _prompt(self, call: Call, entry: limits.Entry) -> Prompt:
         ids = self._tokens(entry)
@@ -228,7 +246,16 @@ class Scheduler(ABC):
                 prompt.scores = [TokenLogprob(ids[0], *self._vocabulary.first(ids[0]), None)]
         return prompt
 
-    def _sequence(self, call: OpenCall, index: int, choice: int, prompt: Prompt, limit: int, sampling: Sampling) -> Seq:
+    def _sequence(
+        self,
+        call: OpenCall,
+        index: int,
+        choice: int,
+        prompt: Prompt,
+        limit: int,
+        sampling: Sampling,
+        matcher: Matcher | None,
+    ) -> Seq:
         runner = self._runner
         special = not sampling.skip_special_tokens
         stop_ids = runner.stop_ids.union(sampling.stop_token_ids)
@@ -237,7 +264,7 @@ class Scheduler(ABC):
             index,
             prompt,
             limit,
-            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=stop_ids, choice=choice),
+            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=stop_ids, choice=choice, matcher=matcher),
             words=Detokenizer(
                 decoder_of(runner.tokenizer, special=True) if special else runner.decode,
                 skip=() if special else runner.silent_ids,
@@ -302,7 +329,7 @@ class Scheduler(ABC):
     # --- the state of things ---
 
     def busy(self) -> bool:
-        return bool(self._under_way() or self._line)
+        return bool(self._under_way() or self._line or self._structures)
 
     def waiting(self) -> int:
         return sum(not call.begun for call in self._calls.values())
@@ -310,9 +337,17 @@ class Scheduler(ABC):
     def close(self) -> None:
         for call_id in list(self._calls):
             self._forget(call_id)
+        self._structures.close()
         self._runner.release()
 
     # --- what every step is made of ---
+
+    def _compiled(self, events: list[Event]) -> None:
+        """Calls whose structure is compiled join the line. A step waits a little for them, and long if it is idle."""
+        idle = not (self._under_way() or self._line)
+        for call_id, error in self._structures.deliver(0.05 if idle else 0.002):
+            self._forget(call_id)
+            events.append((call_id, error))
 
     def _under_way(self) -> list[Seq]:
         """Everyone that has a place."""
@@ -361,11 +396,16 @@ class Scheduler(ABC):
         # Equal shares are left alone, and so is who has had less, or the two would change places for ever.
         return share[one.key] > share[other.key] + 1 and self._line.had(one.key) >= self._line.had(other.key)
 
-    def _choose(self, logits: torch.Tensor, seqs: Sequence[Seq]) -> list[int]:
-        """The next token of each row. Where they are wanted, its logprobs wait with its sequence, to be taken along."""
+    def _choose(
+        self, logits: torch.Tensor, seqs: Sequence[Seq], samplers: Sequence[Sampler] | None = None
+    ) -> list[int]:
+        """The next token of each row. Where they are wanted, its logprobs wait with its sequence, to be taken along.
+
+        samplers: of each row, where they are not just its sequence's own.
+        """
         wanted = [i for i, s in enumerate(seqs) if s.sampler.sampling.logprobs is not None]
         raw = logits[wanted] if wanted else None  # a copy: choosing changes what it chooses from
-        tokens: list[int] = self._sample(logits, [s.sampler for s in seqs])
+        tokens: list[int] = self._sample(logits, samplers or [s.sampler for s in seqs])
         if raw is not None:
             tops = [seqs[i].sampler.sampling.logprobs or 0 for i in wanted]
             scores = self._scored(raw, [max(0, tokens[i]) for i in wanted], tops, self._vocabulary)
@@ -422,6 +462,10 @@ class Scheduler(ABC):
             call = seq.call
             if call.id not in self._calls:
                 continue  # another of its sequences has just failed
+            structure = seq.sampler.sampling.structure
+            if token < 0 and structure is not None and seq.sampler.stuck:
+                self._fail([seq], BadRequest(_STUCK, param=structure.param, code="invalid_schema"), events)
+                continue
             if token < 0:
                 self._wipe(seq)
                 self._fail([seq], EngineFault("The model's output was not a number; try another prompt."), events)
@@ -451,6 +495,7 @@ class Scheduler(ABC):
         call = self._calls.pop(call_id, None)
         if call is None:
             return
+        self._structures.drop(call_id)
         for seq in [s for s in self._line if s.call is call]:
             self._line.leave(seq)
         for seq in [s for s in self._under_way() if s.call is call]:

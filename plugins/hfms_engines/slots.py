@@ -42,6 +42,7 @@ class SlotScheduler(Scheduler):
     def step(self) -> list[Event]:
         """One token of each sequence under way, and as much of prompts as the pace allows."""
         events: list[Event] = []
+        self._compiled(events)
         self._make_room()
         if self._rows:
             self._decode(events)
