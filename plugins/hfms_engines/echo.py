@@ -152,7 +152,11 @@ class EchoModel:
         if call.suffix:
             raise no_middle()
         if (structure := sampling.structure) is not None:
-            raise BadRequest(f"The echo engine does not support `{structure.param}`.", param=structure.param)
+            raise BadRequest(
+                f"The echo engine does not support `{structure.param}`.",
+                param=structure.param,
+                code="unsupported_parameter",
+            )
         if call.task == "score":
             for i, item in enumerate(call.inputs):
                 self.done.append((call.id, Chunk(index=i, prompt_tokens=len(words_of(item)), score=likeness(item))))

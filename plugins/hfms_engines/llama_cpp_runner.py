@@ -2,7 +2,7 @@
 
 llama.cpp runs a loop of its own, in a thread of its own: it batches what is in its slots, step by step. Here
 
-    submit   call -> prompts as tokens -> sequences, in the line
+    submit   call -> prompts as tokens -> sequences, in the line; what answers must look like is checked before that
     begin    who is next in line takes a slot, if there is one, and if the cache has room for all that it may need
     hear     llama.cpp says each token to the sequence's thread, which waits for nothing else
     step     hands on what was heard
@@ -56,6 +56,7 @@ from hfms_engines import limits, middle
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.machine import physical_cores
+from hfms_engines.structure import STUCK, Follower, Followers, Workshop
 from hfms_engines.text import StopStrings
 
 __all__ = ["LlamaCpp", "load"]
@@ -159,6 +160,7 @@ class _Sequence(Choice):
 
     request: bytes
     stops: StopStrings
+    follower: Follower | None = None
     made: int = 0
     """Tokens that chunks have told of."""
     finished: bool = False
@@ -172,8 +174,15 @@ class _Sequence(Choice):
         return len(self.prompt.ids) + self.limit
 
     def take(self, said: _Said) -> Chunk | None:
-        """What one word from llama.cpp means for the caller; None: nothing, for it is about the prompt."""
+        """What one word from llama.cpp means for the caller; None: nothing, for it is about the prompt.
+
+        Raises BadRequest where it is not what was asked for: llama.cpp drops a grammar that becomes too much work.
+        """
         choice = said.choices[0]
+        if self.follower is not None and not (
+            self.follower.follows(choice.text) and (choice.finish_reason != "stop" or self.follower.complete())
+        ):
+            raise BadRequest(STUCK, code="invalid_schema")
         new, self.made = said.timings.predicted_n - self.made, said.timings.predicted_n
         text, stopped = self.stops.feed(choice.text)
         if choice.finish_reason and not stopped:
@@ -201,6 +210,9 @@ class LlamaCpp:
         self._first_token = door.ask("GET", "/props", None, _Props).bos_token
         self._cache_tokens = cache_tokens
         self._prefix_cache = prefix_cache
+        # llama.cpp has llguidance in it, and takes its grammars.
+        followers = Followers()
+        self._structures = Workshop(followers.make, followers.close)
         self._calls: dict[str, OpenCall] = {}
         self._line: Line[_Sequence] = Line()
         self._running: dict[_Sequence, threading.Thread] = {}
@@ -223,17 +235,32 @@ class LlamaCpp:
                 f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the model.",
                 param=name,
             )
+        if call.sampling.structure is not None and call.sampling.ignore_eos:
+            raise BadRequest(
+                f"The engine llama_cpp does not support `ignore_eos` beside `{call.sampling.structure.param}`.",
+                param="ignore_eos",
+            )
         prompts = [Prompt(self._tokens(entry)) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
         ]
-        self._calls[call.id] = kept = OpenCall.of(call)
-        for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
-            for k in range(call.n):
-                request = self._request(prompt.ids, limit, call.sampling, choice=k)
-                stops = StopStrings(call.sampling.stop, include=call.sampling.include_stop)
-                self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops))
+        kept = OpenCall.of(call)
+
+        def enter(follower: Follower | None = None) -> None:
+            grammar = "" if follower is None else follower.grammar
+            for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+                for k in range(call.n):
+                    request = self._request(prompt.ids, limit, call.sampling, choice=k, grammar=grammar)
+                    stops = StopStrings(call.sampling.stop, include=call.sampling.include_stop)
+                    own = follower and follower.copy()
+                    self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops, own))
+
+        if call.sampling.structure is None:
+            enter()
+        else:
+            self._structures.order(call.id, call.sampling.structure, enter)
+        self._calls[call.id] = kept
 
     def _tokens(self, entry: limits.Entry) -> list[int]:
         if isinstance(entry, Conversation):
@@ -286,7 +313,7 @@ class LlamaCpp:
         except DoorClosed as exc:
             raise limits.unfit_messages() from exc
 
-    def _request(self, ids: list[int], limit: int, sampling: Sampling, *, choice: int) -> bytes:
+    def _request(self, ids: list[int], limit: int, sampling: Sampling, *, choice: int, grammar: str) -> bytes:
         """One sequence in llama.cpp's words. What is not said here would be as the model's file says."""
         repeats = sampling.repetition_penalty != 1
         body: dict[str, Any] = {
@@ -305,6 +332,7 @@ class LlamaCpp:
             "repeat_last_n": len(ids) + limit if repeats else 0,
             "logit_bias": list((sampling.logit_bias or {}).items()),
             "ignore_eos": sampling.ignore_eos,
+            "grammar": grammar,
             "cache_prompt": self._prefix_cache,
             "stream": True,
             # So a thread hears of every step, also while its prompt is read, and can stop there.
@@ -333,6 +361,7 @@ class LlamaCpp:
             self._forget(call_id)
         for thread in self._running.values():
             thread.join()
+        self._structures.close()
         self._server = None
         self._door.close()
 
@@ -341,6 +370,9 @@ class LlamaCpp:
     def step(self) -> list[Event]:
         """What llama.cpp has said since the last step; waits for it, but not longer than `LONGEST_STEP`."""
         events: list[Event] = []
+        for call_id, error in self._structures.deliver(0 if self._running else LONGEST_STEP):
+            self._forget(call_id)
+            events.append((call_id, error))
         self._begin(events)
         if events:
             return events
@@ -396,6 +428,7 @@ class LlamaCpp:
 
     def _forget(self, call_id: str) -> None:
         call = self._calls.pop(call_id, None)
+        self._structures.drop(call_id)
         if call is not None:
             call.gone = True
             waiting = [s for s in self._line if s.call is call]
@@ -422,7 +455,7 @@ class LlamaCpp:
                 log.error("llama.cpp failed on a sequence: %s", said.error.message)
                 raise EngineFault("The model failed on this request.")
             outcome: Chunk | HfmsError | None = seq.take(said)
-        except EngineFault as exc:
+        except HfmsError as exc:
             outcome = exc
         except Exception:
             log.exception("llama.cpp said what was not understood")

@@ -43,6 +43,7 @@ from hfms_engines import limits, middle, vocabulary
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
+from hfms_engines.structure import STUCK, Matchers, Workshop
 from hfms_engines.text import Detokenizer, StopStrings, Withheld, decoder_of
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ Event = tuple[str, Chunk | HfmsError | None]
 
 # Numbers in the logits of prompts that one pass makes at most, 128 MiB of them: a prompt is read in pieces for that.
 _LOGITS = 2**25
-
-_STUCK = "It has become too much work to say what fits the structure that was asked for; ask for a simpler one."
 
 # fmt: off
 # What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
@@ -173,7 +172,7 @@ class Scheduler(ABC):
         stall_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        from hfms_engines import logprobs, sampling, structure
+        from hfms_engines import logprobs, sampling
 
         self.info = info
         self._runner = runner
@@ -187,10 +186,10 @@ class Scheduler(ABC):
         self._pace = Pace(prefill_tokens, stall_seconds)
         self._calls: dict[str, OpenCall] = {}
         self._line: Line[Seq] = Line(clock)
-        matchers = structure.Matchers(
+        matchers = Matchers(
             runner.tokenizer, vocabulary=runner.vocabulary, stop_ids=runner.stop_ids, silent_ids=runner.silent_ids
         )
-        self._structures = structure.Workshop(matchers.make, matchers.close)
+        self._structures = Workshop(matchers.make, matchers.close)
         self._rows: list[Seq] = []
         """Under way."""
         self._admitted = 0
@@ -464,7 +463,7 @@ class Scheduler(ABC):
                 continue  # another of its sequences has just failed
             structure = seq.sampler.sampling.structure
             if token < 0 and structure is not None and seq.sampler.stuck:
-                self._fail([seq], BadRequest(_STUCK, param=structure.param, code="invalid_schema"), events)
+                self._fail([seq], BadRequest(STUCK, param=structure.param, code="invalid_schema"), events)
                 continue
             if token < 0:
                 self._wipe(seq)

@@ -44,6 +44,8 @@ log = logging.getLogger("hfms.engine")
 
 T = TypeVar("T")
 
+STUCK = "It has become too much work to say what fits the structure that was asked for; ask for a simpler one."
+
 # Bytes of a structure.
 LARGEST = 128 * 1024
 # Compiled structures that a model keeps.
@@ -174,6 +176,44 @@ class Matchers:
         )
         # In two parts, between which other threads can run.
         return made.with_slices(LLTokenizer.general_slices())
+
+
+class Followers:
+    """Makes what another library's grammar is followed by: it constrains, and says nothing when it gives that up."""
+
+    def __init__(self) -> None:
+        self._checker = Checker({0: "<|end|>"}, vocabulary=1)
+        self._bytes: Any = None
+
+    def make(self, structure: Structure) -> Follower:
+        """Raises BadRequest."""
+        grammar = self._checker.check(structure)
+        from llguidance import LLMatcher
+
+        self._bytes = self._bytes or structure_check.bytes_and({256: b"<|end|>"}, 257, 256)
+        return Follower(grammar, LLMatcher(self._bytes, grammar, log_level=0, limits=structure_check.limits()))
+
+    def close(self) -> None:
+        self._checker.close()
+
+
+class Follower:
+    """Checks a text as it comes."""
+
+    def __init__(self, grammar: str, inner: Any) -> None:
+        self.grammar = grammar
+        self._inner = inner
+
+    def copy(self) -> Follower:
+        return Follower(self.grammar, self._inner.deep_copy())
+
+    def follows(self, text: str) -> bool:
+        """Whether all so far can still become what was asked for."""
+        return not text or bool(self._inner.consume_tokens(list(text.encode())))
+
+    def complete(self) -> bool:
+        """Whether the text may end here."""
+        return bool(self._inner.is_accepting())
 
 
 class Workshop(Generic[T]):

@@ -133,6 +133,8 @@ def plain(error: str) -> str:
     """llguidance's own words, without the grammar that it repeats after them."""
     if error.startswith("NoExtension"):
         return "no text fits it."
+    if error.startswith("panic"):
+        return "it makes the compiler fail."
     text = error.split("\n   1 |")[0].split("\n<state>")[0].split("; following special tokens")[0]
     text = text.partition("failed to compile JSON schema: ")[2] or text
     text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "use anyOf")
@@ -169,7 +171,7 @@ def tokenizer_of(
     return LLTokenizer(words, n_vocab=len(tokens), eos_token=list(ends), slices=[])
 
 
-def _bytes_and(special: dict[int, bytes], vocabulary: int, end: int) -> Any:
+def bytes_and(special: dict[int, bytes], vocabulary: int, end: int) -> Any:
     """A tokenizer with a model's special tokens; each other token is a single byte, or none."""
     tokens = [special.get(i, b"") for i in range(max(vocabulary, len(special) + 256))]
     free = [i for i in range(len(tokens)) if i not in special][:256]
@@ -183,7 +185,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     about = json.loads(sys.stdin.buffer.readline())
     special = {int(i): name.encode() for i, name in about["special"].items()}
-    tokenizer = _bytes_and(special, about["vocabulary"], about["end"])
+    tokenizer = bytes_and(special, about["vocabulary"], about["end"])
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends the process
         answer = _answer(json.loads(line), tokenizer)
