@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfms_cli.errors import ConfigError, close_matches
+from hfms_cli.parsing import REASONING_FORMATS, TOOL_FORMATS
 from hfms_cli.settings import PREFIXES, origins, read_table, setting
 
 __all__ = ["Config", "load_config"]
@@ -92,6 +93,18 @@ class ModelsConfig:
         "Which of the choices of `hfms models tune` to load a model by; auto: throughput, else latency.",
         env="PROFILE",
         choices=("auto", "latency", "throughput"),
+    )
+    tool_parser: str = setting(
+        "auto",
+        "How calls of functions are read from answers; auto: as each model's chat template says.",
+        env="TOOL_PARSER",
+        choices=TOOL_FORMATS,
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "Marks around a model's reasoning: <think> or [THINK]; auto: as each model's chat template says.",
+        env="REASONING_PARSER",
+        choices=REASONING_FORMATS,
     )
     load_on_request: bool = setting(True, "Load a model that is on disk when a call asks for it.")
     load_wait_seconds: float = setting(

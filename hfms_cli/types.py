@@ -100,6 +100,8 @@ class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=Tr
 
     messages: list[dict[str, Any]]
     template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call, as templates take them: `{"type": "function", "function": {...}}`."""
 
 
 class Pair(Struct, frozen=True, tag=True):
@@ -169,6 +171,11 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What comes after the answer: the model fills in the middle."""
     waited: float = 0.0
     """Seconds that it has waited for its model to load."""
+    marks: tuple[str, ...] = ()
+    """Words of the model's own format, such as `<think>`, that the answer's text must have.
+
+    Those that are special tokens are not left out of it, and one that a chat's prompt ends with comes first.
+    """
 
 
 class TokenLogprob(Struct, array_like=True, frozen=True):

@@ -47,6 +47,14 @@ class Models(Protocol):
         ...
 
 
+Fit = Callable[[Call, LoadedInfo], Call]
+
+
+def as_it_is(call: Call, info: LoadedInfo) -> Call:
+    """The call, for any model."""
+    return call
+
+
 ABILITIES: dict[Task, str] = {
     "generate": "generate text",
     "embed": "make embeddings",
@@ -71,12 +79,16 @@ class Road:
         self._metrics = metrics
         self._clock = clock
 
-    async def answer(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine."""
+    async def answer(self, call: Call, fit: Fit = as_it_is) -> AsyncGenerator[Chunk, None]:
+        """Chunks of every choice of `call`, as they are made. Leaving early cancels the call in the engine.
+
+        fit: makes of the call what suits the model, once that is known, or raises BadRequest.
+        """
         began = self._clock()
         async with self._models.lease(call.model, call.caller) as model, AsyncExitStack() as opened:
             self._refuse_unfit(call, model)
             waited = self._clock() - began
+            call = fit(call, model.info)
             # An alias and the name behind it are one model to every middleware.
             call = msgspec.structs.replace(call, model=model.id, digest=model.digest, waited=waited)
             exchange().answer[RECEIPT] = receipt(model.weights, model.info, call)

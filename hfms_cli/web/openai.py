@@ -6,22 +6,20 @@ import array
 import base64
 import sys
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-import msgspec
-import structlog
 from aiohttp import web
 
-from hfms_cli.errors import EngineFault, HfmsError, ModelNotFound
+from hfms_cli.errors import ModelNotFound
 from hfms_cli.models import names
 from hfms_cli.models.router import stands_for
 from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest
 from hfms_cli.web.body import parse
-from hfms_cli.web.context import REQUEST_ID, RUNTIME, SERVING, caller_of, log_of, respond
+from hfms_cli.web.calling import answered, call_of
+from hfms_cli.web.context import RUNTIME, SERVING, caller_of, log_of, respond
+from hfms_cli.web.dialogue import Dialogue
 from hfms_cli.web.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -29,30 +27,27 @@ from hfms_cli.web.schemas import (
     RerankRequest,
     ScoreRequest,
     StreamOptions,
-    lowered,
 )
 from hfms_cli.web.shapes import ChatShape, CompletionShape, Tally
 from hfms_cli.web.sse import EventStream
 
-log = structlog.get_logger("hfms.web")
 routes = web.RouteTableDef()
 calls = web.RouteTableDef()
 """Routes that take nothing but the road; every front answers them by itself."""
-
-Body = ChatRequest | CompletionRequest | EmbeddingRequest | RerankRequest | ScoreRequest
 
 
 @calls.post("/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = parse(ChatRequest, await request.read())
-    call = _call_of(request, body, "chatcmpl")
-    return await _generate(request, body, call, ChatShape(call))
+    dialogue = Dialogue(request.app[SERVING].config.models, body.tool_use(), effort=body.reasoning_effort)
+    call = call_of(request, body, "chatcmpl")
+    return await _generate(request, body, call, ChatShape(call, dialogue))
 
 
 @calls.post("/v1/completions")
 async def completions(request: web.Request) -> web.StreamResponse:
     body = parse(CompletionRequest, await request.read())
-    call = _call_of(request, body, "cmpl")
+    call = call_of(request, body, "cmpl")
     best = (body.n or 1) if body.chooses else None
     shape = CompletionShape(call, best=best, logprobs=body.logprobs is not None)
     return await _generate(request, body, call, shape)
@@ -61,7 +56,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 @calls.post("/v1/embeddings")
 async def embeddings(request: web.Request) -> web.StreamResponse:
     body = parse(EmbeddingRequest, await request.read())
-    chunks, usage = await _each(request, _call_of(request, body, "embd"))
+    chunks, usage = await _each(request, call_of(request, body, "embd"))
     encode = _as_base64 if body.encoding_format == "base64" else _as_floats
     vectors = [encode(chunk.vector or b"") for chunk in chunks]
     return respond(
@@ -78,7 +73,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
 @calls.post("/rerank")
 async def rerank(request: web.Request) -> web.StreamResponse:
     body = parse(RerankRequest, await request.read())
-    call = _call_of(request, body, "rerank")
+    call = call_of(request, body, "rerank")
     chunks, usage = await _each(request, call)
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": c.score} for i, c in enumerate(chunks)]
     results.sort(key=lambda result: result["relevance_score"], reverse=True)
@@ -92,7 +87,7 @@ async def rerank(request: web.Request) -> web.StreamResponse:
 @calls.post("/score")
 async def score(request: web.Request) -> web.StreamResponse:
     body = parse(ScoreRequest, await request.read())
-    call = _call_of(request, body, "score")
+    call = call_of(request, body, "score")
     chunks, usage = await _each(request, call)
     return respond(
         {
@@ -110,12 +105,11 @@ async def _each(request: web.Request, call: Call) -> tuple[list[Chunk], dict[str
     """What was said of each input, in the order of the inputs, and the usage."""
     found: list[Chunk] = [Chunk()] * len(call.inputs)
     tokens = 0
-    with _admitted(request, call):
-        async with aclosing(_answer(request, call)) as chunks:
-            async for chunk in chunks:
-                tokens += chunk.prompt_tokens
-                if not chunk.begins:
-                    found[chunk.index] = chunk
+    async with answered(request, call) as chunks:
+        async for chunk in chunks:
+            tokens += chunk.prompt_tokens
+            if not chunk.begins:
+                found[chunk.index] = chunk
     log_of(request)["prompt_tokens"] = tokens
     return found, {"prompt_tokens": tokens, "total_tokens": tokens}
 
@@ -174,13 +168,12 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
 async def _generate(
     request: web.Request, body: ChatRequest | CompletionRequest, call: Call, shape: ChatShape | CompletionShape
 ) -> web.StreamResponse:
-    with _admitted(request, call):
-        async with aclosing(_answer(request, call)) as chunks:
-            if body.stream:
-                return await _stream(request, shape, chunks, body.stream_options or StreamOptions())
-            tally = Tally()
-            async for chunk in chunks:
-                tally.add(chunk)
+    async with answered(request, call, shape.fit) as chunks:
+        if body.stream:
+            return await _stream(request, shape, chunks, body.stream_options or StreamOptions())
+        tally = Tally()
+        async for chunk in chunks:
+            tally.add(chunk)
     log_of(request).update(tally.log())
     return respond(shape.whole(tally))
 
@@ -199,52 +192,21 @@ async def _stream(
         keep_alive_seconds=request.app[SERVING].config.server.keep_alive_seconds,
     )
     tally = Tally()
-    done = False
     try:
-        async for chunk in chunks:
-            tally.add(chunk)
-            events = shape.events(chunk)
+        with stream.telling_errors():
+            async for chunk in chunks:
+                tally.add(chunk)
+                events = shape.events(chunk)
+                if options.include_usage:
+                    so_far = {"usage": shape.usage(tally) if options.continuous_usage_stats else None}
+                    events = [event | so_far for event in events]
+                await stream.send(*events, more=chunk.more)
             if options.include_usage:
-                so_far = {"usage": tally.usage() if options.continuous_usage_stats else None}
-                events = [event | so_far for event in events]
-            await stream.send(*events, more=chunk.more)
-        if options.include_usage:
-            await stream.send({"choices": [], "usage": tally.usage()}, more=True)
-        done = True
-    except HfmsError as exc:
-        if not stream.opened:
-            raise
-        log_of(request)["error"] = exc.code
-        stream.fail(exc)
-    except (ConnectionError, web.HTTPException):
-        raise
-    except Exception:
-        if not stream.opened:
-            raise
-        log.exception("stream failed", request_id=request[REQUEST_ID])
-        stream.fail(EngineFault("The server had an error while it answered.", code="internal_error"))
+                await stream.send({"choices": [], "usage": shape.usage(tally)}, more=True)
     finally:
         stream.rest()
         log_of(request).update(tally.log())
-    return await stream.close(done=done)
-
-
-def _admitted(request: web.Request, call: Call) -> AbstractContextManager[None]:
-    """Count the call as in flight, so that a drain waits for it."""
-    log_of(request)["model"] = call.model
-    return request.app[SERVING].admit()
-
-
-def _answer(request: web.Request, call: Call) -> AsyncGenerator[Chunk, None]:
-    return request.app[SERVING].road.answer(call)
-
-
-def _call_of(request: web.Request, body: Body, prefix: str) -> Call:
-    """The call that a body asks for. `X-Priority` counts where the body says nothing of it."""
-    caller = caller_of(request)
-    call = body.call(f"{prefix}-{uuid.uuid4().hex}", caller)
-    asked, param = (body.priority, "priority") if body.priority else (request.headers.get("X-Priority"), "X-Priority")
-    return msgspec.structs.replace(call, priority=lowered(asked, param, caller))
+    return await stream.close()
 
 
 def _as_floats(vector: bytes) -> list[float]:

@@ -5,14 +5,16 @@ msgspec checks types strictly while it parses (`"stream": 0` is no boolean), so 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
 from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling, TokensOf
+from hfms_cli.web.dialogue import Effort
 from hfms_cli.web.structure import ResponseFormat, Structured
+from hfms_cli.web.tools import NamedChoice, Tool, ToolCall, ToolChoice, ToolUse
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -129,7 +131,7 @@ class CompletionRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     suffix: str | None = None
 
     def call(self, call_id: str, caller: Caller) -> Call:
-        _refuse_unsupported(self)
+        refuse_unsupported(self)
         self._check()
         # The best are those that the model finds likeliest, so it has to tell.
         logprobs = self.logprobs if self.logprobs is not None or not self.chooses else 0
@@ -175,8 +177,8 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     content: str | list[Part] | UnsetType | None = UNSET
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     refusal: Any = None
     annotations: Any = None
     audio: Any = None
@@ -184,12 +186,13 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def plain(self, at: str) -> dict[str, Any]:
         """The message as templates take it."""
-        for field in ("tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call"):
+        for field in ("refusal", "annotations", "audio", "function_call"):
             if getattr(self, field) not in (None, []):
                 raise BadRequest(f"`{field}` is not supported yet.", param=f"{at}.{field}", code="unsupported_value")
-        if self.role == "tool":
-            raise BadRequest("Tools are not supported yet.", param=f"{at}.role", code="unsupported_value")
+        self._check_role(at)
         content = self.content
+        if content is UNSET and self.tool_calls:
+            content = None
         if content is UNSET or (content is None and self.role != "assistant"):
             raise BadRequest(f"`content` is missing in a message of role `{self.role}`.", param=f"{at}.content")
         if isinstance(content, list):
@@ -210,7 +213,20 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
             message["name"] = self.name
         if self.reasoning_content is not None:
             message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [c.plain(f"{at}.tool_calls[{i}]") for i, c in enumerate(self.tool_calls)]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         return message
+
+    def _check_role(self, at: str) -> None:
+        """Calls are an assistant's, and what they gave is a tool's."""
+        if self.tool_calls and self.role != "assistant":
+            raise BadRequest("Only an assistant's message has `tool_calls`.", param=f"{at}.tool_calls")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise BadRequest("`tool_call_id` is missing in a message of role `tool`.", param=f"{at}.tool_call_id")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise BadRequest("Only a tool's message has `tool_call_id`.", param=f"{at}.tool_call_id")
 
 
 class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
@@ -219,40 +235,36 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Positive | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    reasoning_effort: Any = None
+    reasoning_effort: Effort | None = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
 
     def unsupported(self) -> dict[str, tuple[Any, ...]]:
         return Generate.unsupported(self) | {
-            "tools": (None, []),
-            "tool_choice": (None, "none", "auto"),
-            "parallel_tool_calls": (None, True, False),  # without tools there is nothing to do in parallel
             "functions": (None, []),
             "function_call": (None, "none", "auto"),
-            "reasoning_effort": (None,),
             "modalities": (None, ["text"]),
             "audio": (None,),
             "prediction": (None,),
         }
 
     def call(self, call_id: str, caller: Caller) -> Call:
-        _refuse_unsupported(self)
+        refuse_unsupported(self)
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise BadRequest("Send `max_tokens` or `max_completion_tokens`, not both.", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
         conversation = Conversation(
-            messages=[m.plain(f"messages[{i}]") for i, m in enumerate(self.messages)],
+            messages=conversation_of(self.messages),
             template_kwargs=self.chat_template_kwargs,
         )
         return Call(
@@ -268,6 +280,22 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             n=self.n or 1,
             caller=caller,
         )
+
+    def tool_use(self) -> ToolUse | None:
+        """What the model may call. Raises BadRequest."""
+        choice = self.tool_choice
+        asked = f"={choice.function.name}" if isinstance(choice, NamedChoice) else choice
+        return ToolUse.of([tool.function for tool in self.tools or ()], asked, self.parallel_tool_calls)
+
+
+def conversation_of(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as templates take them; some of those want a tool's name, which OpenAI's messages need not have."""
+    plain = [m.plain(f"messages[{i}]") for i, m in enumerate(messages)]
+    called = {call["id"]: call["function"]["name"] for m in plain for call in m.get("tool_calls", ())}
+    for message in plain:
+        if message["role"] == "tool" and message["tool_call_id"] in called:
+            message.setdefault("name", called[message["tool_call_id"]])
+    return plain
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -447,7 +475,16 @@ def inputs_of(prompt: Prompt, param: str) -> list[CallInput]:
     return list(prompt)  # type: ignore[arg-type]
 
 
-def _refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
+class Partial(Protocol):
+    """A request with fields that are not served."""
+
+    def unsupported(self) -> dict[str, tuple[Any, ...]]:
+        """Those fields, with the values that ask for nothing."""
+        ...
+
+
+def refuse_unsupported(request: Partial) -> None:
+    """Raises BadRequest."""
     for name, accepted in request.unsupported().items():
         value = getattr(request, name)
         if not any(value == a and type(value) is type(a) for a in accepted):

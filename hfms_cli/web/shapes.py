@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hfms_cli.hookspecs import exchange
+from hfms_cli.parsing import Arguments, CallBegins, Content, Event, Reasoning
 from hfms_cli.serving.receipt import RECEIPT, fingerprint
-from hfms_cli.types import Call, Chunk, TokenLogprob
+from hfms_cli.types import Call, Chunk, LoadedInfo, TokenLogprob
+from hfms_cli.web.dialogue import Dialogue
 from hfms_cli.web.logprobs import TextLogprobs, of_chat
 
 
@@ -18,7 +20,8 @@ class Tally:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    texts: dict[int, list[str]] = field(default_factory=dict)
+    chunks: dict[int, list[Chunk]] = field(default_factory=dict)
+    """Of each choice."""
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
     """Tokens of each choice."""
@@ -31,7 +34,7 @@ class Tally:
             self.first_token_seconds = time.perf_counter() - self.began
         self.prompt_tokens += chunk.prompt_tokens
         self.completion_tokens += chunk.tokens
-        self.texts.setdefault(chunk.index, []).append(chunk.text)
+        self.chunks.setdefault(chunk.index, []).append(chunk)
         self.lengths[chunk.index] = self.lengths.get(chunk.index, 0) + chunk.tokens
         if chunk.logprobs is not None:
             self.logprobs.setdefault(chunk.index, []).extend(chunk.logprobs)
@@ -74,6 +77,10 @@ class CompletionShape:
         self._logprobs = logprobs
         self._offsets: dict[int, TextLogprobs] = {}
 
+    def fit(self, call: Call, info: LoadedInfo) -> Call:
+        """The call as the model needs it, once that is known. Raises BadRequest."""
+        return call
+
     def head(self, kind: str) -> dict[str, Any]:
         """What all of an answer's objects begin with. Known once the model is."""
         return {
@@ -88,9 +95,12 @@ class CompletionShape:
         """What a chunk adds to the stream, each without its head."""
         if not chunk.text and not chunk.finish_reason:
             return []  # it has begun, or the text of a token is still held back
-        return [{"choices": [self.choice(chunk.index, chunk.text, chunk.logprobs, chunk.finish_reason)]}]
+        return [{"choices": [self.choice(chunk.index, [chunk], chunk.logprobs, chunk.finish_reason)]}]
 
-    def choice(self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: str | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, chunks: list[Chunk], logprobs: list[TokenLogprob] | None, finish: str | None
+    ) -> dict[str, Any]:
+        text = "".join(chunk.text for chunk in chunks)
         told = None
         if logprobs is not None and self._logprobs:
             told = self._offsets.setdefault(index, TextLogprobs()).of(text, logprobs)
@@ -105,12 +115,13 @@ class CompletionShape:
                 range(first, first + n) if self._best is None else tally.best(range(first, first + n), self._best)
             )
         ]
-        choices = [
-            self.choice(i, "".join(tally.texts.get(i, ())), tally.logprobs.get(i), tally.finish.get(i)) for i in shown
-        ]
+        choices = [self.choice(i, tally.chunks.get(i, []), tally.logprobs.get(i), tally.finish.get(i)) for i in shown]
         for number, choice in enumerate(choices):
             choice["index"] = number
-        return {**self.head(self.object), "choices": choices, "usage": tally.usage()}
+        return {**self.head(self.object), "choices": choices, "usage": self.usage(tally)}
+
+    def usage(self, tally: Tally) -> dict[str, Any]:
+        return tally.usage()
 
 
 class ChatShape(CompletionShape):
@@ -119,18 +130,21 @@ class ChatShape(CompletionShape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, dialogue: Dialogue) -> None:
         super().__init__(call)
+        self.dialogue = dialogue
         self._begun: set[int] = set()
         self._untold: dict[int, list[TokenLogprob]] = {}
         """Logprobs for which there was no event yet."""
 
+    def fit(self, call: Call, info: LoadedInfo) -> Call:
+        return self.dialogue.fit(call, info)
+
     def events(self, chunk: Chunk) -> list[dict[str, Any]]:
         deltas: list[tuple[dict[str, Any], str | None]] = []
-        if chunk.text:
-            deltas.append(({"content": chunk.text}, None))
+        deltas += [(self._delta(chunk.index, *said), None) for said in self.dialogue.hear(chunk)]
         if chunk.finish_reason:
-            deltas.append(({}, chunk.finish_reason))
+            deltas.append(({}, self._finish(chunk.index, chunk.finish_reason)))
         if chunk.logprobs:
             self._untold.setdefault(chunk.index, []).extend(chunk.logprobs)
         events = [self._event(chunk.index, delta, finish) for delta, finish in deltas]
@@ -146,7 +160,43 @@ class ChatShape(CompletionShape):
     def _event(index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
         return {"choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
-    def choice(self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def _delta(self, index: int, event: Event, at: int) -> dict[str, Any]:
+        match event:
+            case Content(text):
+                return {"content": text}
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case CallBegins(name):
+                id = self.dialogue.heard(index).calls[at].id
+                return {"tool_calls": [{"index": at, **_call_object(id, name, "")}]}
+            case Arguments(text):
+                return {"tool_calls": [{"index": at, "function": {"arguments": text}}]}
+
+    def choice(
+        self, index: int, chunks: list[Chunk], logprobs: list[TokenLogprob] | None, finish: str | None
+    ) -> dict[str, Any]:
+        for chunk in chunks:
+            self.dialogue.hear(chunk)
+        heard = self.dialogue.heard(index)
+        content = "".join(heard.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if heard.reasoning:
+            message["reasoning_content"] = "".join(heard.reasoning)
+        if heard.calls:
+            message["content"] = content or None
+            message["tool_calls"] = [_call_object(call.id, call.name, call.arguments) for call in heard.calls]
         told = None if logprobs is None else of_chat(logprobs)
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": self._finish(index, finish)}
+
+    def _finish(self, index: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self.dialogue.heard(index).calls else reason
+
+    def usage(self, tally: Tally) -> dict[str, Any]:
+        if not self.dialogue.reasons:
+            return tally.usage()
+        details = {"reasoning_tokens": self.dialogue.reasoning_tokens()}
+        return tally.usage() | {"completion_tokens_details": details}
+
+
+def _call_object(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import structlog
 from aiohttp import web
 
-from hfms_cli.errors import HfmsError
+from hfms_cli.errors import EngineFault, HfmsError
+from hfms_cli.web.context import REQUEST_ID, log_of
+
+log = structlog.get_logger("hfms.web")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which readers pass over."""
-_encode = msgspec.json.Encoder().encode
+encode = msgspec.json.Encoder().encode
 
 
 class EventStream:
@@ -24,12 +28,16 @@ class EventStream:
     But whoever waits for so long that a proxy might lose patience gets the headers, and a comment now and then.
     """
 
+    farewell = DONE
+    """What follows the last event where all went well."""
+
     def __init__(self, request: web.Request, head: Callable[[], dict[str, Any]], *, keep_alive_seconds: float) -> None:
         """head: what every event begins with; asked for and encoded once. keep_alive_seconds: 0: no comments."""
         self._request = request
         self._make_head = head
         self._head = b""
         self._unsent: list[bytes] = []
+        self._failed = False
         self._response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -50,15 +58,15 @@ class EventStream:
 
     async def send(self, *events: dict[str, Any], more: bool = False) -> None:
         """Send events in one write, or with `more` together with those that follow at once: a write costs most."""
-        if events and not self._head:
-            self._head = b"data: " + _encode(self._make_head())[:-1] + b","
-        self._unsent += [self._head + _encode(event)[1:] + b"\n\n" for event in events]
+        self._unsent += [self.encoded(event) for event in events]
         if self._unsent and not more:
             await self._write(self._taken())
 
-    def fail(self, error: HfmsError) -> None:
-        """Tell an error as the last event. No `[DONE]` follows: it would say that the answer is whole."""
-        self._unsent.append(b"data: " + _encode(error.envelope()) + b"\n\n")
+    def encoded(self, event: dict[str, Any]) -> bytes:
+        """An event as it goes over the wire."""
+        if not self._head:
+            self._head = b"data: " + encode(self._make_head())[:-1] + b","
+        return self._head + encode(event)[1:] + b"\n\n"
 
     def rest(self) -> None:
         """No comments any more: the answer is complete, or failed, or its reader is gone."""
@@ -66,10 +74,31 @@ class EventStream:
             if pending is not None:
                 pending.cancel()
 
-    async def close(self, *, done: bool) -> web.StreamResponse:
-        """End the body, which clients wait for after `[DONE]`. done: all went well."""
-        if done:
-            self._unsent.append(DONE)
+    @contextlib.contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """An error before the first event is raised, and becomes an ordinary answer; after it, it is the last event."""
+        try:
+            yield
+        except (ConnectionError, web.HTTPException):
+            raise
+        except Exception as exc:
+            if not self.opened:
+                raise
+            if not isinstance(exc, HfmsError):
+                log.exception("stream failed", request_id=self._request[REQUEST_ID])
+                exc = EngineFault("The server had an error while it answered.", code="internal_error")
+            log_of(self._request)["error"] = exc.code
+            self._failed = True
+            self._unsent.append(self.failure(exc))
+
+    def failure(self, error: HfmsError) -> bytes:
+        """The event that tells an error. No `[DONE]` follows: it would say that the answer is whole."""
+        return b"data: " + encode(error.envelope()) + b"\n\n"
+
+    async def close(self) -> web.StreamResponse:
+        """End the body, which clients wait for after the last event."""
+        if not self._failed:
+            self._unsent.append(self.farewell)
         async with self._writing:
             await self._open()
             await self._response.write_eof(self._taken())

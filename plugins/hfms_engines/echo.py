@@ -57,6 +57,7 @@ class EchoOptions:
 
     step_ms: float = setting(0.0, "Time that one step takes, in milliseconds.", ge=0)
     max_batch: int = setting(64, "Sequences that run at once.", ge=1)
+    template: str = setting("", "Chat template that its models claim to have: it says how calls are read from answers.")
 
 
 @dataclass
@@ -256,6 +257,7 @@ class EchoEngine:
             memory_bytes=0,
             chat=True,
             dimensions=DIMENSIONS,
+            template=self.options.template,
         )
         return EchoModel(info, self.options)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Task, setting
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import cache_bytes, torch_bytes
+from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.slots import SlotScheduler
@@ -93,6 +94,7 @@ class GenerationEngine:
 
         cache = cache_bytes(request, self.options.kv_cache_bytes, torch_bytes(request))
         runner = torch_runner.load(request, cache_bytes=cache, threads=self.options.threads)
+        template = template_text(runner.tokenizer)
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
@@ -101,8 +103,9 @@ class GenerationEngine:
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
             memory_bytes=self.estimate(request),
-            chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+            chat=bool(template),
             weights_bytes=runner.weights_bytes(),
+            template=template,
         )
         return SlotScheduler(
             runner,

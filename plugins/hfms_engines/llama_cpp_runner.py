@@ -24,6 +24,7 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,6 @@ from hfms_cli import (
     LoadRequest,
     Question,
     Reply,
-    Sampling,
     TextOf,
     Tokens,
     TokensOf,
@@ -57,7 +57,7 @@ from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.machine import physical_cores
 from hfms_engines.structure import STUCK, Follower, Followers, Workshop
-from hfms_engines.text import StopStrings
+from hfms_engines.text import StopStrings, opened
 
 __all__ = ["LlamaCpp", "load"]
 
@@ -167,6 +167,8 @@ class _Sequence(Choice):
     """llama.cpp has said its last word on it."""
     told: bool = False
     """The caller has been told that word."""
+    begun: bool = False
+    """There was a chunk of it."""
 
     @property
     def needs(self) -> int:
@@ -190,6 +192,9 @@ class _Sequence(Choice):
         self.finished = stopped or choice.finish_reason is not None
         if not (new or text or self.finished):
             return None
+        if not self.begun:
+            self.begun = True
+            text = self.prompt.text + text
         reason = "stop" if stopped else choice.finish_reason
         return Chunk(
             index=self.index,
@@ -207,7 +212,10 @@ class LlamaCpp:
         self._server = server
         self._door = door
         self._vocabulary = door.ask("GET", "/v1/models", None, _Models).data[0].meta.n_vocab
-        self._first_token = door.ask("GET", "/props", None, _Props).bos_token
+        props = door.ask("GET", "/props", None, _Props)
+        self._first_token = props.bos_token
+        if info.chat:
+            self.info = msgspec.structs.replace(info, template=props.chat_template)
         self._cache_tokens = cache_tokens
         self._prefix_cache = prefix_cache
         # llama.cpp has llguidance in it, and takes its grammars.
@@ -240,7 +248,7 @@ class LlamaCpp:
                 f"The engine llama_cpp does not support `ignore_eos` beside `{call.sampling.structure.param}`.",
                 param="ignore_eos",
             )
-        prompts = [Prompt(self._tokens(entry)) for entry in entries]
+        prompts = [self._prompt(entry, call.marks) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
@@ -251,7 +259,7 @@ class LlamaCpp:
             grammar = "" if follower is None else follower.grammar
             for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
                 for k in range(call.n):
-                    request = self._request(prompt.ids, limit, call.sampling, choice=k, grammar=grammar)
+                    request = self._request(prompt.ids, limit, call, choice=k, grammar=grammar)
                     stops = StopStrings(call.sampling.stop, include=call.sampling.include_stop)
                     own = follower and follower.copy()
                     self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops, own))
@@ -262,9 +270,13 @@ class LlamaCpp:
             self._structures.order(call.id, call.sampling.structure, enter)
         self._calls[call.id] = kept
 
-    def _tokens(self, entry: limits.Entry) -> list[int]:
-        if isinstance(entry, Conversation):
-            return self._tokenize(self._chat(entry))
+    def _prompt(self, entry: limits.Entry, marks: Sequence[str]) -> Prompt:
+        if not isinstance(entry, Conversation):
+            return Prompt(self._tokens(entry))
+        text = self._chat(entry)
+        return Prompt(self._tokenize(text), text=opened(text, marks))
+
+    def _tokens(self, entry: str | list[int]) -> list[int]:
         if isinstance(entry, str):
             return self._tokenize(entry) or self._tokenize(self._first_token)
         for token in entry:
@@ -305,6 +317,7 @@ class LlamaCpp:
         extra = dict(chat.template_kwargs or {})
         body = {
             "messages": chat.messages,
+            "tools": chat.tools or [],
             "add_generation_prompt": bool(extra.pop("add_generation_prompt", True)),
             "chat_template_kwargs": extra,
         }
@@ -313,8 +326,9 @@ class LlamaCpp:
         except DoorClosed as exc:
             raise limits.unfit_messages() from exc
 
-    def _request(self, ids: list[int], limit: int, sampling: Sampling, *, choice: int, grammar: str) -> bytes:
+    def _request(self, ids: list[int], limit: int, call: Call, *, choice: int, grammar: str) -> bytes:
         """One sequence in llama.cpp's words. What is not said here would be as the model's file says."""
+        sampling = call.sampling
         repeats = sampling.repetition_penalty != 1
         body: dict[str, Any] = {
             "prompt": ids,
@@ -333,6 +347,8 @@ class LlamaCpp:
             "logit_bias": list((sampling.logit_bias or {}).items()),
             "ignore_eos": sampling.ignore_eos,
             "grammar": grammar,
+            # Of special tokens, which have no text but these.
+            "preserved_tokens": call.marks,
             "cache_prompt": self._prefix_cache,
             "stream": True,
             # So a thread hears of every step, also while its prompt is read, and can stop there.

@@ -15,6 +15,7 @@ from hfms_engines.conversion import converted, folder_of, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import cache_bytes, openvino_bytes
+from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.openvino_export import Made
@@ -123,6 +124,7 @@ class OpenVinoEngine:
             share=self.options.prefix_cache != "off",
             threads=self.options.threads,
         )
+        template = template_text(runner.tokenizer)
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
@@ -131,10 +133,11 @@ class OpenVinoEngine:
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
             memory_bytes=self.estimate(request),
-            chat=bool(getattr(runner.tokenizer, "chat_template", None)),
+            chat=bool(template),
             quantize=quantize,
             quality=quality_of(folder),
             weights_bytes=_read_bytes(folder, request.card, quantize, runner.precision),
+            template=template,
         )
         return PagedScheduler(
             runner,

@@ -32,7 +32,6 @@ from hfms_cli import (
     LoadedInfo,
     Question,
     Reply,
-    Sampling,
     TextOf,
     TokenLogprob,
     Tokens,
@@ -44,7 +43,7 @@ from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.structure import STUCK, Matchers, Workshop
-from hfms_engines.text import Detokenizer, StopStrings, Withheld, decoder_of
+from hfms_engines.text import CONTEXT, Detokenizer, StopStrings, Withheld, decoder_of, opened, special_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,7 @@ _LOGITS = 2**25
 # What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
 _NOT_FOR_TEMPLATES = {
     "chat_template", "conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
-    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 }
 # fmt: on
 
@@ -224,8 +223,8 @@ class Scheduler(ABC):
             for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
                 for k in range(call.n):
                     own = matcher and matcher.copy()
-                    seq = self._sequence(kept, i * call.n + k, k, prompt, limit, call.sampling, own)
-                    seq.echo = call.echo
+                    seq = self._sequence(kept, call, i * call.n + k, k, prompt, limit, own)
+                    seq.echo = call.echo or bool(prompt.text)
                     self._line.enter(seq)
 
         if call.sampling.structure is None:
@@ -243,23 +242,25 @@ class Scheduler(ABC):
             prompt.text = entry if isinstance(entry, str) else self._runner.decode(ids)
             if call.sampling.logprobs is not None and ids:
                 prompt.scores = [TokenLogprob(ids[0], *self._vocabulary.first(ids[0]), None)]
+        elif call.marks and isinstance(entry, Conversation):
+            prompt.text = opened(decoder_of(self._runner.tokenizer, special=True)(ids[-CONTEXT:]), call.marks)
         return prompt
 
     def _sequence(
         self,
-        call: OpenCall,
+        kept: OpenCall,
+        call: Call,
         index: int,
         choice: int,
         prompt: Prompt,
         limit: int,
-        sampling: Sampling,
         matcher: Matcher | None,
     ) -> Seq:
-        runner = self._runner
+        runner, sampling = self._runner, call.sampling
         special = not sampling.skip_special_tokens
         stop_ids = runner.stop_ids.union(sampling.stop_token_ids)
         return Seq(
-            call,
+            kept,
             index,
             prompt,
             limit,
@@ -267,6 +268,7 @@ class Scheduler(ABC):
             words=Detokenizer(
                 decoder_of(runner.tokenizer, special=True) if special else runner.decode,
                 skip=() if special else runner.silent_ids,
+                shown=special_tokens(runner.tokenizer, call.marks) if call.marks and not special else {},
                 context=prompt.ids,
             ),
             stops=StopStrings(sampling.stop, include=sampling.include_stop),
@@ -314,7 +316,11 @@ class Scheduler(ABC):
             raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
         try:
             ids: list[int] = tokenizer.apply_chat_template(
-                chat.messages, **{"add_generation_prompt": True, **extra}, tokenize=True, return_dict=False
+                chat.messages,
+                **{"add_generation_prompt": True, **extra},
+                tools=chat.tools,
+                tokenize=True,
+                return_dict=False,
             )
         except TemplateError as exc:
             raise BadRequest(f"The model's chat template refuses these messages: {exc}", param="messages") from exc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -30,18 +30,24 @@ class Detokenizer:
     """Text of a growing sequence of tokens, handed out as soon as it can no longer change.
 
     decode: tokens to text, special tokens left out; bytes that are no UTF-8 become U+FFFD.
-    skip: tokens without text. context: the prompt, whose end may be half a character, and on which a leading space
-    depends in some vocabularies.
+    skip: tokens without text. shown: text of special tokens that have some here. context: the prompt, whose end may be
+    half a character, and on which a leading space depends in some vocabularies.
 
     A token may end in the middle of a character, and its text may depend on the token before it. So a short window is
     decoded again with each token: what was said last, which begins and ends with whole characters, and what came since.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], *, skip: Container[int] = (), context: Sequence[int] = ()
+        self,
+        decode: Callable[[list[int]], str],
+        *,
+        skip: Container[int] = (),
+        shown: Mapping[int, str] = {},
+        context: Sequence[int] = (),
     ) -> None:
         self._decode = decode
         self._skip = skip
+        self._specials = shown
         self._window = [t for t in context[-CONTEXT:] if t not in skip]
         self._said = len(self._window)
         """Tokens at the window's start that were there when it last ended in a whole character."""
@@ -50,6 +56,10 @@ class Detokenizer:
 
     def feed(self, token: int) -> str:
         """The text that this token completes; often none."""
+        if token in self._specials:
+            before = self.flush()
+            self._window, self._said, self._shown = [], 0, 0
+            return before + self._specials[token]
         if token in self._skip:
             return ""
         self._window.append(token)
@@ -72,6 +82,25 @@ class Detokenizer:
 def _whole(text: str) -> str:
     """The text without what may yet become a character at its end."""
     return text.rstrip(_BROKEN)
+
+
+def special_tokens(tokenizer: Any, marks: Sequence[str]) -> dict[int, str]:
+    """Which of `marks` are special tokens, which decoding leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in added.items() if token.special and token.content in marks}
+
+
+def opened(prompt: str, marks: Sequence[str]) -> str:
+    """The mark that a prompt ends with, and the white space after it: the answer begins inside of what it opens."""
+    bare = prompt.rstrip()
+    mark = next((m for m in marks if bare.endswith(m)), "")
+    return prompt[len(bare) - len(mark) :] if mark else ""
+
+
+def template_text(tokenizer: Any) -> str:
+    """The text of a tokenizer's chat templates; of several, all."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return template if isinstance(template, str) else "\n".join(template.values())
 
 
 class StopStrings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import gguf
+import jinja2
 import msgspec
 import pytest
 
@@ -33,6 +35,7 @@ from hfms_cli import (
 )
 from hfms_cli.models.inspect import inspect
 from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
+from tests.chat_templates import TEMPLATES
 from tests.conftest import SMOLLM2
 from tests.engines.driving import CPU, Answers, ask, call, drain
 
@@ -52,8 +55,8 @@ def load(folder: Path, **options):
     return LlamaCppEngine(LlamaCppOptions(**options)).load(request(folder))
 
 
-def rewritten(source: Path, out: Path, *, without: tuple[str, ...] = (), **writing) -> None:
-    """A copy of a GGUF, less some of what it says of itself."""
+def rewritten(source: Path, out: Path, *, without: tuple[str, ...] = (), template: str = "", **writing) -> None:
+    """A copy of a GGUF, less some of what it says of itself, and with another chat template where there is one."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "llama", **writing)
     for name, value in reader.fields.items():
@@ -61,6 +64,8 @@ def rewritten(source: Path, out: Path, *, without: tuple[str, ...] = (), **writi
             continue
         inner = value.types[-1] if value.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, value.contents(), value.types[0], sub_type=inner)
+    if template:
+        writer.add_chat_template(template)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.data.shape, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -284,6 +289,84 @@ def test_a_model_without_a_template_holds_no_conversation(smollm2, tmp_path):
         assert ask(model, FRANCE, max_tokens=1).text("a") == " Paris"
     finally:
         model.close()
+
+
+# --- tools and reasoning ---
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLED = Conversation(
+    messages=[
+        {"role": "user", "content": "How is the weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": "a1b2c3d4e",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"city": "Zürich", "days": [1, {"a": None}]}},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "a1b2c3d4e", "name": "weather", "content": "It rains."},
+    ],
+    tools=[TOOL],
+)
+
+
+def rendered(template: str, chat: Conversation) -> str:
+    """What jinja makes of it, set up as transformers does that."""
+    made = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    made.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    return made.from_string(template).render(
+        messages=chat.messages, tools=chat.tools, add_generation_prompt=True, **words, **(chat.template_kwargs or {})
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "thinks-at-once"])
+def test_templates_take_tools_and_an_answer_begins_with_what_the_prompt_opened(smollm2, tmp_path, name):
+    template = TEMPLATES[name].rstrip()
+    rewritten(
+        next(smollm2.glob("*.gguf")),
+        tmp_path / "plain.gguf",
+        without=("tokenizer.chat_template",),
+        template=template,
+    )
+    model = load(tmp_path, kv_cache_bytes=1024 * TOKEN_BYTES)
+    try:
+        assert model.info.template == template
+        thought = Conversation(messages=CALLED.messages[:1], template_kwargs={"enable_thinking": False})
+        for chat in (CALLED, thought) if name == "qwen3" else (thought,):
+            assert model._chat(chat) == rendered(template, chat)
+        asked = call("a", thought, max_tokens=3)
+        opening = "</think>\n\n" if name == "qwen3" else "<think>\n"
+        model.submit(msgspec.structs.replace(asked, marks=("<think>", "</think>")))
+        marked = drain(model).text("a")
+        model.submit(asked)
+        assert marked == opening + drain(model).text("a")
+    finally:
+        model.close()
+
+
+def test_special_tokens_are_left_out_of_an_answer_unless_they_are_marks(model):
+    start = 1  # <|im_start|>
+
+    def say(**more):
+        asked = call("a", "Once upon a time", max_tokens=6, temperature=1.0, seed=3, logit_bias={start: 25.0})
+        model.submit(msgspec.structs.replace(asked, **more))
+        return drain(model).text("a")
+
+    plain, shown = say(), say(marks=("<|im_start|>",))
+    assert "<|im_start|>" in shown
+    assert shown.replace("<|im_start|>", "") == plain
 
 
 # --- leaving early, and failing ---

@@ -151,7 +151,7 @@ async def test_models_lists_what_is_served_and_an_unknown_one_is_404_with_close_
         ("/v1/chat/completions", CHAT | {"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
         ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ("/v1/chat/completions", CHAT | {"frobnicate": 1}, "frobnicate", "unsupported_parameter"),
-        ("/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ("/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools[0].function", "missing_parameter"),
         ("/v1/chat/completions", CHAT | {"logprobs": 1}, "logprobs", "invalid_value"),
         ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
