@@ -48,5 +48,6 @@ def _tokens_of(item: CallInput) -> int:
     if isinstance(item, Pair):
         return sum(map(_tokens_of, msgspec.structs.astuple(item)))
     if isinstance(item, Conversation):
-        return sum(_tokens_of(str(message.get("content") or "")) for message in item.messages)
+        tools = len(msgspec.json.encode(item.tools)) // CHARACTERS_A_TOKEN if item.tools else 0
+        return tools + sum(_tokens_of(str(message.get("content") or "")) for message in item.messages)
     return 1 + len(item) // CHARACTERS_A_TOKEN
