@@ -115,7 +115,9 @@ class Dialogue:
 
     def heard(self, index: int) -> Heard:
         """What a choice has said so far."""
-        return self._heard.setdefault(index, Heard(self._parser()))
+        if index not in self._heard:
+            self._heard[index] = Heard(self._parser())
+        return self._heard[index]
 
     def reasoning_tokens(self) -> int:
         return sum(heard.reasoning_tokens for heard in self._heard.values())

@@ -71,6 +71,9 @@ def test_a_call_owes_its_prompts_and_the_longest_answers_that_it_allows():
     assert owes([1, 2, 3], n=4, sampling=Sampling(max_tokens=10)) == 43
     assert owes([1, 2, 3]) == CONTEXT
     assert owes(chat, sampling=Sampling(max_tokens=1)) == 12
+    tools = [{"a": "b" * 72}]  # 82 characters of JSON
+    with_tools = Conversation(messages=chat.messages, tools=tools)
+    assert owes(with_tools, sampling=Sampling(max_tokens=1)) == 32
 
 
 @dataclass
