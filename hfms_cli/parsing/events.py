@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(Struct, frozen=True, gc=False):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True, gc=False):
     """What the model says to itself before it answers."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallBegins:
+class CallBegins(Struct, frozen=True, gc=False):
     """A call of a function; the `Arguments` that follow are its own, until the next begins."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(Struct, frozen=True, gc=False):
     """A piece of the JSON text of a call's arguments; never a part of an escape."""
 
     text: str

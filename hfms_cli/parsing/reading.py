@@ -42,6 +42,9 @@ class CallReader:
     def __init__(self, functions: Mapping[str, Any]) -> None:
         self._functions = functions
         self._watched = (*self.markers, *self.closers)
+        self._starts = {word[0] for word in self._watched}
+        self._in_prose = False
+        """What comes next is content unless a marker or white space begins; nothing is held back."""
         self._letters = set("".join(self._watched))
         self._events: list[Event] = []
         self._raw: list[str] = []
@@ -56,6 +59,9 @@ class CallReader:
 
     def feed(self, text: str) -> list[Event]:
         """What can be said for certain now."""
+        if self._in_prose and not text[-1:].isspace() and not any(start in text for start in self._starts):
+            self._say_content(text)  # as all of this would, in one step
+            return self._taken()
         for character in text:
             self._run.send(character)
         return self._taken()
@@ -104,7 +110,12 @@ class CallReader:
     def _prose(self) -> Steps[str]:
         """Say content up to the next marker or closer, and return that, still in `_raw`; at the end, nothing."""
         held = ""
-        while c := (yield from self._next()):
+        while True:
+            self._in_prose = not held
+            c = yield from self._next()
+            self._in_prose = False
+            if not c:
+                break
             self._raw.clear()
             held += c
             if c not in self._letters and not c.isspace():

@@ -159,13 +159,13 @@ class Heard:
     def take(self, chunk: Chunk) -> list[tuple[Event, int]]:
         """What a chunk says; see `Dialogue.hear`."""
         if self.parser is None:
-            events: list[Event] = [Content(chunk.text)] if chunk.text else []
-        else:
-            events = self.parser.feed(chunk.text)
-            if self.parser.reasons:
-                self.reasoning_tokens += chunk.tokens
-            if chunk.finish_reason:
-                events += self.parser.end()
+            self.content.append(chunk.text)
+            return [(Content(chunk.text), -1)] if chunk.text else []
+        events = self.parser.feed(chunk.text)
+        if self.parser.reasons:
+            self.reasoning_tokens += chunk.tokens
+        if chunk.finish_reason:
+            events += self.parser.end()
         told = []
         for event in events:
             match event:
