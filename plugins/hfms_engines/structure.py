@@ -182,7 +182,7 @@ class Followers:
     """Makes what another library's grammar is followed by: it constrains, and says nothing when it gives that up."""
 
     def __init__(self) -> None:
-        self._checker = Checker({0: "<|end|>"}, vocabulary=1)
+        self._checker = Checker({0: "<|end|>"}, vocabulary=1, layout=structure_check.ONE_LINE)
         self._bytes: Any = None
 
     def make(self, structure: Structure) -> Follower:
@@ -312,9 +312,13 @@ class Checker:
     """The process of `structure_check`. It is started again after a structure has ended it.
 
     special: names of special tokens, among them the one that ends an answer. vocabulary: tokens in all.
+    layout: what may stand between parts of JSON.
     """
 
-    def __init__(self, special: dict[int, str], vocabulary: int) -> None:
+    def __init__(
+        self, special: dict[int, str], vocabulary: int, *, layout: dict[str, Any] = structure_check.LAYOUT
+    ) -> None:
+        self._layout = layout
         self._about = {"special": special, "vocabulary": vocabulary, "end": max(special)}
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -327,7 +331,7 @@ class Checker:
                 code="unsupported_parameter",
             )
         child = self._child = self._child or self._start()
-        answer = self._ask(child, {"kind": structure.kind, "spec": structure.spec})
+        answer = self._ask(child, {"kind": structure.kind, "spec": structure.spec, "layout": self._layout})
         if answer is None:
             self.close()
             raise invalid(structure, "it takes too long, or too much memory, to compile.")
@@ -354,7 +358,7 @@ class Checker:
         return child
 
     @staticmethod
-    def _ask(child: subprocess.Popen[bytes], job: dict[str, str]) -> dict[str, str] | None:
+    def _ask(child: subprocess.Popen[bytes], job: dict[str, Any]) -> dict[str, str] | None:
         assert child.stdin is not None
         assert child.stdout is not None
         try:

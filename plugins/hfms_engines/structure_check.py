@@ -23,6 +23,9 @@ _MEMORY_BYTES = 2 << 30
 
 # Between parts of JSON: one blank, or a new line with its indent. A model may not fill its answer with blanks.
 WHITESPACE = r"[ \t]|\r?\n[ \t]{0,40}"
+LAYOUT = {"whitespace_pattern": WHITESPACE}
+# JSON on one line, for older llguidances: they let such a pattern come any number of times, and take no other.
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # fmt: off
 _ENFORCED = {
@@ -56,14 +59,17 @@ class Refused(Exception):
     """What is wrong with a structure, for whoever sent it."""
 
 
-def grammar_of(kind: str, spec: str) -> str:
-    """Lark for a structure. Raises Refused, and what its parsers raise."""
+def grammar_of(kind: str, spec: str, layout: dict[str, Any]) -> str:
+    """Lark for a structure. Raises Refused, and what its parsers raise.
+
+    layout: what may stand between parts of JSON.
+    """
     if kind == "json_object":
-        return _json({"type": "object"})
+        return _json({"type": "object"}, layout)
     if kind == "json_schema":
         schema = json.loads(spec, parse_constant=_no_constant)
         check_schema(schema)
-        return _json(schema if isinstance(schema, dict) else {"allOf": [schema]})
+        return _json(schema if isinstance(schema, dict) else {"allOf": [schema]}, layout)
     if kind == "choice":
         return f"%llguidance {{}}\nstart: CHOICE\nCHOICE: {'|'.join(map(json.dumps, json.loads(spec)))}\n"
     if kind == "regex":
@@ -76,9 +82,8 @@ def grammar_of(kind: str, spec: str) -> str:
     return lark if lark.lstrip().startswith("%llguidance") else f"%llguidance {{}}\n{lark}"
 
 
-def _json(schema: dict[str, Any]) -> str:
-    how = {"whitespace_pattern": WHITESPACE}
-    return f"%llguidance {{}}\nstart: %json {json.dumps({'x-guidance': how} | schema)}\n"
+def _json(schema: dict[str, Any], layout: dict[str, Any]) -> str:
+    return f"%llguidance {{}}\nstart: %json {json.dumps({'x-guidance': layout} | schema)}\n"
 
 
 def _no_constant(name: str) -> Any:
@@ -110,11 +115,11 @@ def check_schema(schema: Any) -> None:
             raise Refused(f"`minProperties` (in `{at}`) cannot be enforced beyond what is `required`.")
 
 
-def _answer(job: dict[str, str], tokenizer: Any) -> dict[str, str]:
+def _answer(job: dict[str, Any], tokenizer: Any) -> dict[str, str]:
     from llguidance import LLMatcher
 
     try:
-        grammar = grammar_of(job["kind"], job["spec"])
+        grammar = grammar_of(job["kind"], job["spec"], job["layout"])
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
         if not matcher.is_error():
             matcher.compute_bitmask()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from hfms_cli import (
     LoadFailed,
     LoadRequest,
     NoChatTemplate,
+    Structure,
     TextOf,
     TokensOf,
     VocabularyOf,
@@ -547,3 +549,71 @@ async def ready(session: aiohttp.ClientSession) -> bool:
             return response.status == 200
     except aiohttp.ClientConnectionError:
         return False
+
+
+# --- what answers must look like ---
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 3, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def structured(kind: str, spec, **sampling):
+    text = spec if isinstance(spec, str) else json.dumps(spec)
+    return {"structure": Structure(kind=kind, spec=text, param="guided")} | {"temperature": 2.0, "seed": 1} | sampling
+
+
+def test_answers_have_the_structure_that_was_asked_for(model):
+    answers = ask(model, HELLO, n=3, **structured("json_schema", PERSON, max_tokens=80))
+    for i in range(3):
+        assert answers.finish("a", i) == "stop"
+        said = json.loads(answers.text("a", i))
+        assert said.keys() == {"name", "age"}
+        assert 3 <= said["age"] <= 99
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", ask(model, HELLO, **structured("regex", "[0-9]{3}-[a-f]{2}")).text("a"))
+    assert ask(model, HELLO, **structured("choice", ["é", "no"])).text("a") in ("é", "no")
+    lark = 'start: "<call>" /[a-z]{3}/ "</call>"'
+    assert re.fullmatch(
+        "<call>[a-z]{3}</call>", ask(model, HELLO, **structured("grammar", lark, max_tokens=30)).text("a")
+    )
+    assert ask(model, HELLO, **structured("json_object", "", max_tokens=2)).finish("a") == "length"
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("json_schema", {"not": {}}), ("regex", "("), ("json_schema", {"type": "integer", "multipleOf": 999_983})],
+)
+def test_a_structure_that_cannot_be_followed_is_refused_before_llama_cpp_sees_it(model, kind, spec):
+    refused = ask(model, HELLO, **structured(kind, spec)).ended["a"]
+    assert isinstance(refused, BadRequest)
+    assert (refused.code, refused.param) == ("invalid_schema", "guided")
+
+
+def test_ignore_eos_beside_a_structure_is_refused(model):
+    with pytest.raises(BadRequest) as refused:
+        model.submit(call("a", FRANCE, **structured("regex", "a", ignore_eos=True)))
+    assert refused.value.param == "ignore_eos"
+    assert not model.busy()
+
+
+def test_a_grammar_that_llama_cpp_gives_up_fails_its_call(model):
+    """llama.cpp itself would go on without it."""
+    grammar = "start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(30)) + 'a30: "x"'
+    answers = ask(model, HELLO, **structured("grammar", grammar, max_tokens=40))
+    assert isinstance(answers.ended["a"], BadRequest)
+    assert answers.ended["a"].code == "invalid_schema"
+    assert set(answers.text("a")) <= {"x"}
+
+
+def test_a_call_is_cancelled_while_its_structure_is_checked(model):
+    slow = {"type": "integer", "multipleOf": 999_979}
+    model.submit(call("a", HELLO, **structured("json_schema", slow)))
+    model.cancel("a")
+    assert not model.busy()
+    assert ask(model, FRANCE, max_tokens=1).text("a") == " Paris"
