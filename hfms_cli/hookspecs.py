@@ -181,6 +181,14 @@ class Hardware(Protocol):
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A smaller model with the same vocabulary, which guesses what a larger one will say."""
+
+    folder: Path
+    card: ModelCard
+
+
+@dataclass(frozen=True)
 class LoadRequest:
     """What an engine is to load. Built in the front, used in the worker process."""
 
@@ -191,6 +199,8 @@ class LoadRequest:
     trust_remote_code: bool = False
     quantize: Quantize = "auto"
     """auto: what the engine's own options say."""
+    draft: Draft | None = None
+    """For engines that say that they take one (`drafts`)."""
     report: Report = report_nothing
     """`Engine.load` may tell here what it does; until it does, that is `load`."""
 
@@ -234,6 +244,7 @@ class Engine(Protocol):
 
     An engine may also have
     - `quantizes`: which of `int8` and `int4` it can make of a model's weights; without it, it is asked for neither;
+    - `drafts`: true where it can use `LoadRequest.draft`; without it, it is never given one;
     - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
     - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models
       tune` found is measured anew. Options named `threads`, `max_batch` and `prefill_tokens` are tuned by these names.
