@@ -184,7 +184,7 @@ class _Sequence(Choice):
         if self.follower is not None and not (
             self.follower.follows(choice.text) and (choice.finish_reason != "stop" or self.follower.complete())
         ):
-            raise BadRequest(STUCK, code="invalid_schema")
+            raise BadRequest(STUCK, param=self.follower.param, code="invalid_schema")
         new, self.made = said.timings.predicted_n - self.made, said.timings.predicted_n
         text, stopped = self.stops.feed(choice.text)
         if choice.finish_reason and not stopped:

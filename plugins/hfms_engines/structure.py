@@ -191,7 +191,8 @@ class Followers:
         from llguidance import LLMatcher
 
         self._bytes = self._bytes or structure_check.bytes_and({256: b"<|end|>"}, 257, 256)
-        return Follower(grammar, LLMatcher(self._bytes, grammar, log_level=0, limits=structure_check.limits()))
+        inner = LLMatcher(self._bytes, grammar, log_level=0, limits=structure_check.limits())
+        return Follower(grammar, inner, structure.param)
 
     def close(self) -> None:
         self._checker.close()
@@ -200,12 +201,13 @@ class Followers:
 class Follower:
     """Checks a text as it comes."""
 
-    def __init__(self, grammar: str, inner: Any) -> None:
+    def __init__(self, grammar: str, inner: Any, param: str) -> None:
         self.grammar = grammar
+        self.param = param
         self._inner = inner
 
     def copy(self) -> Follower:
-        return Follower(self.grammar, self._inner.deep_copy())
+        return Follower(self.grammar, self._inner.deep_copy(), self.param)
 
     def follows(self, text: str) -> bool:
         """Whether all so far can still become what was asked for."""
