@@ -68,13 +68,16 @@ async def test_all_fronts_answer_and_metrics_are_one_truth(hfms_serve):
     await served.until("ready")
     async with client() as session:
         await all_fronts(session, served.url, 2)
+        receipts: set[str] = set()
 
         async def ask() -> str:
             async with session.post(served.url + "/v1/completions", json=COMPLETION) as response:
                 assert response.headers["x-request-id"].startswith("req-")
+                receipts.add(response.headers["x-hfms-receipt"])
                 return (await response.json())["choices"][0]["text"]
 
         assert await asyncio.gather(*(ask() for _ in range(60))) == ["one two three"] * 60
+        assert len(receipts) == 1
         async with session.get(served.url + "/metrics") as response:
             text = await response.text()
         assert counted(text, "hfms_requests_total", endpoint="/v1/completions", status="200") == 60
