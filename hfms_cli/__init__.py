@@ -31,7 +31,6 @@ from hfms_cli.errors import (
 )
 from hfms_cli.hookspecs import (
     ContentStore,
-    Draft,
     Engine,
     Exchange,
     Hardware,
@@ -87,6 +86,7 @@ if TYPE_CHECKING:
     from hfms_cli.cli.output import print_json, print_table, printable
     from hfms_cli.web.body import parse, parse_fields
     from hfms_cli.web.context import caller_of, require_admin, respond
+    from hfms_cli.web.operation import operation
 
 # What only verbs and routes need is imported when it is asked for: typer and aiohttp take long.
 _LATER = {
@@ -95,6 +95,7 @@ _LATER = {
     "hfms_cli.cli.output": ("print_json", "print_table", "printable"),
     "hfms_cli.web.body": ("parse", "parse_fields"),
     "hfms_cli.web.context": ("caller_of", "require_admin", "respond"),
+    "hfms_cli.web.operation": ("operation",),
 }
 
 
@@ -125,7 +126,6 @@ __all__ = [
     "DeadlineExceeded",
     "Device",
     "DoesNotFit",
-    "Draft",
     "Engine",
     "EngineDied",
     "EngineFault",
@@ -187,6 +187,7 @@ __all__ = [
     "hookimpl",
     "load_config",
     "local_url",
+    "operation",
     "parse",
     "parse_fields",
     "print_json",

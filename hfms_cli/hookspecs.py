@@ -181,14 +181,6 @@ class Hardware(Protocol):
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A smaller model with the same vocabulary, which guesses what a larger one will say."""
-
-    folder: Path
-    card: ModelCard
-
-
-@dataclass(frozen=True)
 class LoadRequest:
     """What an engine is to load. Built in the front, used in the worker process."""
 
@@ -199,8 +191,6 @@ class LoadRequest:
     trust_remote_code: bool = False
     quantize: Quantize = "auto"
     """auto: what the engine's own options say."""
-    draft: Draft | None = None
-    """For engines that say that they take one (`drafts`)."""
     report: Report = report_nothing
     """`Engine.load` may tell here what it does; until it does, that is `load`."""
 
@@ -244,7 +234,6 @@ class Engine(Protocol):
 
     An engine may also have
     - `quantizes`: which of `int8` and `int4` it can make of a model's weights; without it, it is asked for neither;
-    - `drafts`: true where it can use `LoadRequest.draft`; without it, it is never given one;
     - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
     - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models
       tune` found is measured anew. Options named `threads`, `max_batch` and `prefill_tokens` are tuned by these names.
@@ -347,6 +336,12 @@ class Middleware:
 
     def routes(self, app: web.Application) -> None:
         """Add routes that come and go with this middleware; they stand behind it as all others do."""
+
+    def document(self, document: dict[str, Any]) -> None:
+        """Add to `/openapi.json` what is so because of this middleware: security, headers, statuses.
+
+        document: all of it, with every route; made anew for each request.
+        """
 
     def metrics(self, registry: CollectorRegistry) -> None:
         """Add series to `/metrics`. Called once, at start."""

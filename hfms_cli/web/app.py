@@ -21,7 +21,7 @@ from aiohttp.typedefs import Middleware as AroundAll
 from hfms_cli.errors import BadRequest, HfmsError, NotFound, Unauthorized
 from hfms_cli.hookspecs import Middleware, begin_exchange
 from hfms_cli.serving.runtime import Runtime, Serving
-from hfms_cli.web import models, openai, responses, status, tokens
+from hfms_cli.web import docs, models, openai, openapi, responses, status, tokens
 from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, SERVING, caller_of, respond
 
 log = structlog.get_logger("hfms.web")
@@ -38,13 +38,14 @@ def build_app(runtime: Runtime) -> web.Application:
     other_fronts = runtime.config.server.workers > 1
     app = base_app(runtime, *([_true_address] if other_fronts else []))
     app[RUNTIME] = runtime
-    for module in (openai, models, status, tokens):
+    for module in (openai, models, status, tokens, openapi, docs):
         app.add_routes(module.routes)
     if runtime.config.server.metrics:
         app.router.add_get("/metrics", status.metrics)
     for middleware in runtime.middlewares:
         middleware.routes(app)
     runtime.plugins.call("hfms_routes", app)
+    openapi.add_document(app)
     return app
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
+from hfms_cli.serving.receipt import RECEIPT
 from hfms_cli.serving.road import Fit, as_it_is
 from hfms_cli.types import Call, Caller, Chunk
 from hfms_cli.web.context import SERVING, caller_of, log_of
-from hfms_cli.web.schemas import lowered
+from hfms_cli.web.schemas import Priority, lowered
+
+CALL: dict[str, Any] = {
+    "errors": (403, 404, 429, 502, 503, 504),
+    "headers": {"X-Priority": Priority},
+    "tells": {RECEIPT: "What made the answer: weights, template, precision, engine, version and seed."},
+}
+"""What all calls have in common for `/openapi.json`."""
 
 
 class Body(Protocol):

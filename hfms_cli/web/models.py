@@ -14,14 +14,17 @@ from hfms_cli.models.catalogue import Entry
 from hfms_cli.models.loader import Wish
 from hfms_cli.models.pool import NO_WISH, describe
 from hfms_cli.types import Manifest
+from hfms_cli.web import answers
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, require_admin, respond
+from hfms_cli.web.operation import operation
 from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest
 
 routes = web.RouteTableDef()
 
 
 @routes.get("/models")
+@operation("Models", answers.ModelStateList)
 async def list_states(request: web.Request) -> web.StreamResponse:
     """Every model of the pool that the caller may use, and those on disk as `unloaded`."""
     runtime, caller = request.app[RUNTIME], caller_of(request)
@@ -55,7 +58,19 @@ def _on_disk(model_id: str, manifest: Manifest) -> dict[str, Any]:
 
 
 @routes.post("/models/load")
+@operation(
+    "Models",
+    answers.ModelState,
+    body=LoadModelRequest,
+    example={"model": "org/name", "quantize": "int8"},
+    also={202: answers.ModelState},
+    errors=(403, 404, 409, 502, 503),
+)
 async def load(request: web.Request) -> web.StreamResponse:
+    """Load a model. Administrators only.
+
+    202 where `wait` is false: it is being loaded, and `GET /models` tells the progress.
+    """
     require_admin(request)
     body = parse(LoadModelRequest, await request.read())
     log_of(request)["model"] = body.model
@@ -68,8 +83,6 @@ async def load(request: web.Request) -> web.StreamResponse:
     await runtime.pool.catalogue.refresh()
     if runtime.pool.catalogue.find(name) is None:
         _refuse_foreign_path(name, runtime.config.models.folders)
-    if body.draft_model is not None:
-        _refuse_foreign_path(body.draft_model, runtime.config.models.folders, param="draft_model")
     wishes = _wishes(body, runtime.config.models.replicas)
     model = runtime.pool.begin(name, wishes, body.alias, pinned=body.pinned, idle_seconds=body.idle_seconds)
     if not body.wait:
@@ -79,7 +92,9 @@ async def load(request: web.Request) -> web.StreamResponse:
 
 
 @routes.post("/models/unload")
+@operation("Models", answers.ModelState, body=UnloadModelRequest, example={"model": "org/name"}, errors=(403, 404))
 async def unload(request: web.Request) -> web.StreamResponse:
+    """Let a model's calls in flight finish, and give back its memory. Administrators only."""
     require_admin(request)
     body = parse(UnloadModelRequest, await request.read())
     log_of(request)["model"] = body.model
@@ -90,9 +105,7 @@ async def unload(request: web.Request) -> web.StreamResponse:
 
 def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
     """One for each replica; none where the request says nothing of how the model is to run."""
-    wish = Wish(
-        device=body.hardware, engine=body.engine, dtype=body.dtype, quantize=body.quantize, draft=body.draft_model
-    )
+    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype, quantize=body.quantize)
     if isinstance(body.replicas, list):
         return tuple(
             Wish(
@@ -100,7 +113,6 @@ def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
                 engine=r.engine or wish.engine,
                 dtype=r.dtype or wish.dtype,
                 quantize=r.quantize or wish.quantize,
-                draft=wish.draft,
             )
             for r in body.replicas
         )
@@ -109,11 +121,13 @@ def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
     return (wish,) * (body.replicas or usual)
 
 
-def _refuse_foreign_path(name: str, folders: list[str], param: str = "model") -> None:
+def _refuse_foreign_path(name: str, folders: list[str]) -> None:
     """A path that comes over HTTP must lie in a folder that the operator named."""
     parsed = names.parse(name)
     if parsed.scheme != "path":
         return
     path = Path(parsed.rest).resolve()
     if not any(path.is_relative_to(Path(f).expanduser().resolve()) for f in folders):
-        raise Forbidden("Over HTTP only models in the folders of [models] folders can be loaded by path.", param=param)
+        raise Forbidden(
+            "Over HTTP only models in the folders of [models] folders can be loaded by path.", param="model"
+        )

@@ -16,10 +16,12 @@ from hfms_cli.errors import ModelNotFound
 from hfms_cli.models import names
 from hfms_cli.models.router import stands_for
 from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest
+from hfms_cli.web import answers
 from hfms_cli.web.body import parse
-from hfms_cli.web.calling import answered, call_of
+from hfms_cli.web.calling import CALL, answered, call_of
 from hfms_cli.web.context import RUNTIME, SERVING, caller_of, log_of, respond
 from hfms_cli.web.dialogue import Dialogue
+from hfms_cli.web.operation import operation
 from hfms_cli.web.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -37,7 +39,21 @@ calls = web.RouteTableDef()
 
 
 @calls.post("/v1/chat/completions")
+@operation(
+    "Inference",
+    answers.ChatCompletion,
+    body=ChatRequest,
+    events=answers.ChatEvent,
+    example={
+        "model": "org/name",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 64,
+        "temperature": 0,
+    },
+    **CALL,
+)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Answer a chat."""
     body = parse(ChatRequest, await request.read())
     dialogue = Dialogue(request.app[SERVING].config.models, body.tool_use(), effort=body.reasoning_effort)
     call = call_of(request, body, "chatcmpl")
@@ -45,7 +61,16 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 @calls.post("/v1/completions")
+@operation(
+    "Inference",
+    answers.Completion,
+    body=CompletionRequest,
+    events=answers.CompletionEvent,
+    example={"model": "org/name", "prompt": "One, two, three,", "max_tokens": 16, "temperature": 0},
+    **CALL,
+)
 async def completions(request: web.Request) -> web.StreamResponse:
+    """Go on with a text."""
     body = parse(CompletionRequest, await request.read())
     call = call_of(request, body, "cmpl")
     best = (body.n or 1) if body.chooses else None
@@ -54,7 +79,15 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 @calls.post("/v1/embeddings")
+@operation(
+    "Inference",
+    answers.EmbeddingList,
+    body=EmbeddingRequest,
+    example={"model": "org/name", "input": ["a cat", "a kitten"], "encoding_format": "float"},
+    **CALL,
+)
 async def embeddings(request: web.Request) -> web.StreamResponse:
+    """Turn texts into vectors."""
     body = parse(EmbeddingRequest, await request.read())
     chunks, usage = await _each(request, call_of(request, body, "embd"))
     encode = _as_base64 if body.encoding_format == "base64" else _as_floats
@@ -71,7 +104,15 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
 
 @calls.post("/v1/rerank")
 @calls.post("/rerank")
+@operation(
+    "Inference",
+    answers.Ranking,
+    body=RerankRequest,
+    example={"model": "org/name", "query": "pets", "documents": ["a cat", "tax law"], "top_n": 1},
+    **CALL,
+)
 async def rerank(request: web.Request) -> web.StreamResponse:
+    """Order documents by how well they answer a query, by a cross-encoder."""
     body = parse(RerankRequest, await request.read())
     call = call_of(request, body, "rerank")
     chunks, usage = await _each(request, call)
@@ -85,7 +126,15 @@ async def rerank(request: web.Request) -> web.StreamResponse:
 
 @calls.post("/v1/score")
 @calls.post("/score")
+@operation(
+    "Inference",
+    answers.ScoreList,
+    body=ScoreRequest,
+    example={"model": "org/name", "text_1": "pets", "text_2": ["a cat", "tax law"]},
+    **CALL,
+)
 async def score(request: web.Request) -> web.StreamResponse:
+    """Tell how well texts answer others, by a cross-encoder."""
     body = parse(ScoreRequest, await request.read())
     call = call_of(request, body, "score")
     chunks, usage = await _each(request, call)
@@ -115,12 +164,16 @@ async def _each(request: web.Request, call: Call) -> tuple[list[Chunk], dict[str
 
 
 @routes.get("/v1/models")
+@operation("Models", answers.ServedModelList)
 async def list_models(request: web.Request) -> web.StreamResponse:
+    """The models that a call of this key may name."""
     return respond({"object": "list", "data": list((await _servable(request)).values())})
 
 
 @routes.get("/v1/models/{id:.+}")
+@operation("Models", answers.ServedModel, errors=(404,))
 async def show_model(request: web.Request) -> web.StreamResponse:
+    """One of them."""
     servable = await _servable(request)
     name = request.match_info["id"]
     if name not in servable:

@@ -17,10 +17,12 @@ from msgspec import Meta, Struct
 from hfms_cli.errors import BadRequest, HfmsError
 from hfms_cli.parsing import Arguments, CallBegins, Content, Event, Reasoning
 from hfms_cli.types import Call, Caller, Chunk, Conversation, LoadedInfo, Sampling, Structure
+from hfms_cli.web import answers
 from hfms_cli.web.body import parse
-from hfms_cli.web.calling import answered, call_of
+from hfms_cli.web.calling import CALL, answered, call_of
 from hfms_cli.web.context import SERVING, log_of, respond
 from hfms_cli.web.dialogue import Dialogue, Effort
+from hfms_cli.web.operation import operation
 from hfms_cli.web.schemas import Int64, Positive, Priority, Temperature, refuse_unsupported
 from hfms_cli.web.shapes import Tally
 from hfms_cli.web.sse import EventStream, encode
@@ -31,15 +33,6 @@ calls = web.RouteTableDef()
 
 NAMES = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens"}
 """Fields of this API for those of chats, by which engines and middlewares speak of errors."""
-
-
-@calls.post("/v1/responses")
-async def responses(request: web.Request) -> web.StreamResponse:
-    try:
-        return await _respond(request)
-    except HfmsError as exc:
-        exc.param = NAMES.get(exc.param or "", exc.param)
-        raise
 
 
 async def _respond(request: web.Request) -> web.StreamResponse:
@@ -278,6 +271,24 @@ def _text(content: str | list[Text] | None, at: str) -> str:
                 code="unsupported_value",
             )
     return "\n".join(part.text for part in content if part.text is not None)
+
+
+@calls.post("/v1/responses")
+@operation(
+    "Inference",
+    answers.Response,
+    body=ResponsesRequest,
+    events=answers.ResponseEvent,
+    example={"model": "org/name", "input": "What is the capital of France?", "max_output_tokens": 64, "temperature": 0},
+    **CALL,
+)
+async def responses(request: web.Request) -> web.StreamResponse:
+    """Answer a text or a dialogue, in OpenAI's newer shape. Nothing is stored."""
+    try:
+        return await _respond(request)
+    except HfmsError as exc:
+        exc.param = NAMES.get(exc.param or "", exc.param)
+        raise
 
 
 # --- what goes out ---

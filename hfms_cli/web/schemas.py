@@ -22,6 +22,10 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Bias = Annotated[
+    dict[str, Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(extra_json_schema={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+]
 Prompt = str | list[str | Natural | list[Natural]]
 
 Priority = Literal["low", "normal", "high", "critical", "LOW", "NORMAL", "HIGH", "CRITICAL"]
@@ -52,7 +56,7 @@ class Generate(Structured, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: Bias | None = None
     seed: Int64 | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
@@ -431,8 +435,6 @@ class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     engine: str | None = None
     dtype: DType | None = None
     quantize: Quantize | None = None
-    draft_model: Annotated[str, Meta(min_length=1)] | None = None
-    """A smaller model of the same vocabulary, which guesses what this one will say."""
     replicas: (
         Annotated[int, Meta(ge=1, le=MAX_REPLICAS)]
         | Annotated[list[ReplicaRequest], Meta(min_length=1, max_length=MAX_REPLICAS)]

@@ -8,20 +8,35 @@ from __future__ import annotations
 from typing import TypeVar
 
 from aiohttp import web
+from msgspec import Struct
 
 from hfms_cli.errors import BadRequest
 from hfms_cli.types import LoadedInfo, Question, Reply, TextOf, Tokens, Vocabulary, VocabularyOf
+from hfms_cli.web import answers
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, respond
+from hfms_cli.web.operation import operation
 from hfms_cli.web.schemas import DetokenizeRequest, TokenizeRequest
 
 R = TypeVar("R", bound=Reply)
 
 routes = web.RouteTableDef()
+ERRORS = (403, 404, 429, 502, 503, 504)
+
+
+class TokenizerQuery(Struct):
+    """The query of `GET /tokenizer_info`."""
+
+    model: str | None = None
+    """May be left out where one model is served."""
 
 
 @routes.post("/tokenize")
+@operation(
+    "Tokens", answers.TokenList, body=TokenizeRequest, example={"model": "org/name", "prompt": "a text"}, errors=ERRORS
+)
 async def tokenize(request: web.Request) -> web.StreamResponse:
+    """The tokens of a text or of a chat."""
     body = parse(TokenizeRequest, await request.read())
     told, info = await _ask(request, body.model, body.question(), Tokens)
     return respond(
@@ -35,15 +50,20 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 
 
 @routes.post("/detokenize")
+@operation(
+    "Tokens", answers.TokenText, body=DetokenizeRequest, example={"model": "org/name", "tokens": [1, 2]}, errors=ERRORS
+)
 async def detokenize(request: web.Request) -> web.StreamResponse:
+    """The text of tokens."""
     body = parse(DetokenizeRequest, await request.read())
     told, _ = await _ask(request, body.model, TextOf(body.tokens), Tokens)
     return respond({"prompt": told.text})
 
 
 @routes.get("/tokenizer_info")
+@operation("Tokens", answers.TokenizerInfo, query=TokenizerQuery, errors=ERRORS)
 async def tokenizer_info(request: web.Request) -> web.StreamResponse:
-    """By the names of `tokenizer_config.json`. The model is `?model=`."""
+    """What a tokenizer is, by the names of `tokenizer_config.json`."""
     told, info = await _ask(request, request.query.get("model"), VocabularyOf(), Vocabulary)
     return respond(
         {

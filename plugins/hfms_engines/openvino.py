@@ -6,20 +6,19 @@ by what is in the model's files, so the next load only reads and compiles it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from hfms_cli import Device, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Quality, Quantize, Task, setting
+from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
 from hfms_engines.conversion import converted, folder_of, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
-from hfms_engines.memory import OPENVINO_PROCESS, cache_bytes, openvino_bytes, parameters
+from hfms_engines.memory import cache_bytes, openvino_bytes
 from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.openvino_export import Made
-    from hfms_engines.openvino_runner import Runner
     from hfms_engines.paged import PagedScheduler
 
 # fmt: off
@@ -74,7 +73,6 @@ class OpenVinoEngine:
     tasks: tuple[Task, ...] = ("generate",)
     packages = ("openvino", "torch", "transformers")
     quantizes: tuple[Quantize, ...] = ("int8", "int4")
-    drafts = True
 
     def __init__(self, options: OpenVinoOptions = OpenVinoOptions()) -> None:
         self.options = options
@@ -99,15 +97,8 @@ class OpenVinoEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        held = self._held(request)
-        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
-
-    def _held(self, request: LoadRequest) -> int:
-        """Bytes beside keys and values, those of a draft model with them."""
         held = openvino_bytes(request, self._quantize(request))
-        if draft := _draft_of(request):
-            held += openvino_bytes(draft, self._quantize(request)) - OPENVINO_PROCESS
-        return held
+        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
 
     def quality(self, folder: Path) -> dict[Quantize, Quality]:
         """What quantisation has cost a model, for each that has been made of it."""
@@ -123,26 +114,16 @@ class OpenVinoEngine:
         from hfms_engines.paged import PagedScheduler
 
         quantize = self._quantize(request)
-        cache = cache_bytes(request, self.options.kv_cache_bytes, self._held(request))
+        cache = cache_bytes(request, self.options.kv_cache_bytes, openvino_bytes(request, quantize))
         folder = self._export(request, quantize)
-        draft, draft_folder, draft_cache = _draft_of(request), None, 0
-        if draft:
-            if reason := self.supports(draft.card, draft.device):
-                raise LoadFailed(f"The draft model cannot be used: {reason}.")
-            # So that both have room for about as many tokens.
-            share = parameters(draft.card) / (parameters(draft.card) + parameters(request.card))
-            draft_folder, draft_cache = self._export(draft, quantize), int(cache * share)
         request.report("compile")
-
-        def compiled(folder: Path, cache: int, *, share: bool) -> Runner:
-            return openvino_runner.load(
-                folder, dtype=request.dtype, cache_bytes=cache, share=share, threads=self.options.threads
-            )
-
-        runner = compiled(folder, cache - draft_cache, share=self.options.prefix_cache != "off")
-        drafter = compiled(draft_folder, draft_cache, share=False) if draft_folder else None
-        if drafter and drafter.tokenizer.get_vocab() != runner.tokenizer.get_vocab():
-            raise LoadFailed("The draft model has another vocabulary; only one with the same tokens can guess.")
+        runner = openvino_runner.load(
+            folder,
+            dtype=request.dtype,
+            cache_bytes=cache,
+            share=self.options.prefix_cache != "off",
+            threads=self.options.threads,
+        )
         template = template_text(runner.tokenizer)
         info = LoadedInfo(
             engine=self.name,
@@ -164,7 +145,6 @@ class OpenVinoEngine:
             prefill_tokens=self.options.prefill_tokens,
             stall_seconds=self.options.stall_seconds,
             guess_tokens=self.options.speculative_tokens,
-            draft=drafter,
             share=self.options.prefix_cache == "all",
         )
 
@@ -185,13 +165,6 @@ class OpenVinoEngine:
             cache_dir=self.options.cache_dir,
             report=request.report,
         )
-
-
-def _draft_of(request: LoadRequest) -> LoadRequest | None:
-    """How the draft model is loaded: as the model is."""
-    if request.draft is None:
-        return None
-    return replace(request, folder=request.draft.folder, card=request.draft.card, draft=None)
 
 
 def _read_bytes(folder: Path, card: ModelCard, quantize: Made, precision: str) -> int:

@@ -180,6 +180,11 @@ class Auth(Middleware):
 
         add_routes(app, self.admin, self.keyring)
 
+    def document(self, document: dict[str, Any]) -> None:
+        from hfms_middleware.auth.documenting import document_keys
+
+        document_keys(document, self._open, needed=self.guards())
+
     def status(self) -> dict[str, Any]:
         states = self.keyring.states()
         return {

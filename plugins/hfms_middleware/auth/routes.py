@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Annotated, Any, TypeVar
 
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from hfms_cli import BadRequest, Forbidden, caller_of, parse, parse_fields, respond
+from hfms_cli import BadRequest, Forbidden, caller_of, operation, parse, parse_fields, respond
 from hfms_middleware.auth.admin import ImportRequest, KeyAdmin, KeyRequest, RotateRequest
+from hfms_middleware.auth.answers import Audit, Export, Imported, Key, KeyList, NewKey
 from hfms_middleware.auth.audit import Actor
 from hfms_middleware.auth.keyring import Keyring
 
@@ -31,6 +32,7 @@ def add_routes(app: web.Application, admin: KeyAdmin, keyring: Keyring) -> None:
     """Add the routes; `keyring` is told of what changes, so that this server knows at once."""
 
     def route(deed: Deed) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        @wraps(deed)  # so that the handler says what the deed says of itself
         async def handler(request: web.Request) -> web.StreamResponse:
             return respond(await deed(request, _administrator(request)), headers={"Cache-Control": "no-store"})
 
@@ -42,31 +44,58 @@ def add_routes(app: web.Application, admin: KeyAdmin, keyring: Keyring) -> None:
         finally:
             keyring.forget_freshness()
 
+    told = partial(operation, "Administration")
+
+    @told(
+        NewKey,
+        body=KeyRequest,
+        body_required=False,
+        example={"name": "laptop", "rate_limit": 60, "allowed_models": ["org/*"]},
+        errors=(403,),
+    )
     async def generate(request: web.Request, actor: Actor) -> Any:
+        """Make a key. Its secret is told in this answer only.
+
+        The fields may also come as a form, or in the query.
+        """
         return await change(admin.create, await _read(request, KeyRequest), actor)
 
+    @told(KeyList, errors=(403,))
     async def listed(request: web.Request, actor: Actor) -> Any:
+        """Every key, the oldest first; never a secret."""
         return {"object": "list", "data": await asyncio.to_thread(admin.all)}
 
+    @told(Key, errors=(403, 404))
     async def show(request: web.Request, actor: Actor) -> Any:
+        """One key."""
         return await asyncio.to_thread(admin.show, request.match_info["key_id"])
 
+    @told(Key, errors=(403, 404))
     async def revoke(request: web.Request, actor: Actor) -> Any:
+        """Make a key worthless for good. To revoke twice changes nothing."""
         return await change(admin.revoke, request.match_info["key_id"], actor)
 
+    @told(NewKey, body=RotateRequest, body_required=False, example={"grace_seconds": 3600}, errors=(403, 404))
     async def rotate(request: web.Request, actor: Actor) -> Any:
+        """A new secret for a key; the old one stays good for a while."""
         asked = await _read(request, RotateRequest)
         return await change(admin.rotate, request.match_info["key_id"], asked, actor)
 
+    @told(Export, errors=(403,))
     async def export(request: web.Request, actor: Actor) -> Any:
+        """Every key as it is kept, with the digest of its secret."""
         return {"object": "list", "data": await asyncio.to_thread(admin.export, actor)}
 
+    @told(Imported, body=ImportRequest, example={"keys": [], "replace": False}, errors=(403, 409))
     async def load(request: web.Request, actor: Actor) -> Any:
+        """Keep keys that another server exported."""
         asked = parse(ImportRequest, await request.read())
         done, present = await change(partial(admin.load, asked.keys, replace_known=asked.replace, actor=actor))
         return {"imported": done, "present": present}
 
+    @told(Audit, query=AuditRequest, errors=(403,))
     async def audit(request: web.Request, actor: Actor) -> Any:
+        """What administrators did on this machine."""
         asked = parse_fields(AuditRequest, _fields(request.query))
         return {"object": "list", "data": await asyncio.to_thread(admin.audit, asked.last)}
 

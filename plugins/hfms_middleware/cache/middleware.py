@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange, require_admin, respond
+from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange, operation, require_admin, respond
 from hfms_middleware.cache.answers import Answers, MemoryAnswers, RedisAnswers
 from hfms_middleware.cache.flight import Flight
 from hfms_middleware.cache.options import CacheOptions
+from hfms_middleware.documenting import say_headers
 from hfms_middleware.redis_link import RedisLink
 
 if TYPE_CHECKING:
@@ -137,16 +138,23 @@ class Cache(Middleware):
         return await self._answers.clear()
 
     def routes(self, app: web.Application) -> None:
+        @operation("Administration", dict[str, Any], errors=(403,))
         async def stats(request: web.Request) -> web.Response:
+            """Hits, misses and bytes of the cache. Administrators only."""
             require_admin(request)
             return respond(self.stats())
 
+        @operation("Administration", dict[str, int], errors=(403,))
         async def clear(request: web.Request) -> web.Response:
+            """Forget all answers. Administrators only."""
             require_admin(request)
             return respond({"cleared": await self.clear()})
 
         app.router.add_get("/admin/cache/stats", stats)
         app.router.add_post("/admin/cache/clear", clear)
+
+    def document(self, document: dict[str, Any]) -> None:
+        say_headers(document, {"x-cache": "`hit`, `miss` or `shared`, where the cache had a say."})
 
     def metrics(self, registry: CollectorRegistry) -> None:
         from prometheus_client.core import CounterMetricFamily

@@ -22,6 +22,7 @@ from hfms_cli import (
     Middleware,
     Overloaded,
     Proceed,
+    operation,
     require_admin,
     respond,
 )
@@ -127,7 +128,9 @@ class Queue(Middleware):
         return self.statistics()
 
     def routes(self, app: web.Application) -> None:
+        @operation("Administration", dict[str, Any], errors=(403,))
         async def stats(request: web.Request) -> web.StreamResponse:
+            """Who waits, and what became of those who did. Administrators only."""
             require_admin(request)
             return respond(self.statistics())
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, caller_of, exchange
+from hfms_middleware.documenting import say_headers
 from hfms_middleware.rate_limit.buckets import Buckets, Limit, MemoryBuckets, RedisBuckets, Taken
 from hfms_middleware.rate_limit.options import RateLimitOptions
 from hfms_middleware.redis_link import RedisGone, RedisLink
@@ -154,6 +155,20 @@ class RateLimit(Middleware):
         order = config.middleware.order
         if "auth" in order and order.index("auth") > order.index(self.name):
             yield "rate_limit stands before auth in [middleware] order: it counts by address, whatever the key"
+
+    def document(self, document: dict[str, Any]) -> None:
+        say_headers(
+            document,
+            {
+                f"X-RateLimit-{what}{suffix}": f"{text} {unit} a minute."
+                for suffix, unit in (("", "requests"), ("-Tokens", "tokens"))
+                for what, text in (
+                    ("Limit", "The limit of"),
+                    ("Remaining", "What is left of"),
+                    ("Reset", "Seconds until nothing is used up of"),
+                )
+            },
+        )
 
     def metrics(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter
