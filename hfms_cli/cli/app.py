@@ -10,7 +10,7 @@ import typer
 import typer.core
 import typer.main
 
-from hfms_cli.cli import bench, chat, config, doctor, hardware, ipfs, models, plugins
+from hfms_cli.cli import bench, chat, config, conformance, doctor, hardware, ipfs, models, plugins
 from hfms_cli.cli.client import Unreachable
 from hfms_cli.cli.output import printable
 from hfms_cli.cli.serve import serve
@@ -63,6 +63,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(chat.chat)
 app.command()(bench.bench)
+app.command()(conformance.conformance)
 app.add_typer(models.app, name="models")
 app.add_typer(ipfs.app, name="ipfs")
 app.add_typer(config.app, name="config")
