@@ -6,6 +6,7 @@ Entry point of its process: `python -m hfms_cli.web.front FD LISTENING_FD...`. I
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import socket
 import sys
@@ -100,6 +101,7 @@ async def serve(fd: int, listening: list[int]) -> None:
         for number in listening:
             await web.SockSite(runner, socket.socket(fileno=number)).start()
         await runtime.pool.listen(runtime.metrics)
+        shutil.rmtree(Path(start.owner).parent, ignore_errors=True)  # an owner that was killed could not
         await runner.cleanup()
         await runtime.close()
 

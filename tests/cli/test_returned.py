@@ -83,3 +83,22 @@ async def test_a_process_that_is_killed_leaves_no_file_and_no_other_process_behi
     async with asyncio.timeout(20):
         while list(temporary.iterdir()) or (worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE):
             await asyncio.sleep(0.02)
+
+
+async def test_where_there_are_several_fronts_a_killed_server_leaves_nothing_behind_either(hfms_serve, temporary):
+    several = "[server]\nworkers = 2\n[middleware]\norder = []\n"
+    served = await hfms_serve("echo:a", env={"TMPDIR": str(temporary)}, toml=several)
+    await served.until("ready")
+    server = psutil.Process(served.process.pid)
+    async with asyncio.timeout(20):
+        while len(server.children()) < 2:
+            await asyncio.sleep(0.02)
+    children = server.children()
+    async with aiohttp.ClientSession() as session:  # until the front is there, nobody would clean up after the server
+        async with asyncio.timeout(20):
+            while not (await (await session.get(f"{served.url}/status")).json())["fronts"]:
+                await asyncio.sleep(0.02)
+    os.kill(server.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while list(temporary.iterdir()) or any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children):
+            await asyncio.sleep(0.02)
