@@ -48,6 +48,24 @@ Progress = Callable[[int, int], None]
 """Bytes so far and bytes in all."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A Progress that also wants to know of each file. `Watch.of` makes one of any."""
+
+    whole: Progress
+    file: Callable[[str, int, int], None] = lambda path, done, size: None
+    """Path, bytes so far, bytes in all."""
+    say: Callable[[str], None] = lambda text: None
+    """Something that whoever waits should know."""
+
+    def __call__(self, done: int, total: int) -> None:
+        self.whole(done, total)
+
+    @staticmethod
+    def of(progress: Progress) -> Watch:
+        return progress if isinstance(progress, Watch) else Watch(progress)
+
+
 class Report(Protocol):
     """Told what a load is doing now."""
 
@@ -82,7 +100,15 @@ class Provider(Generic[T]):
 
 
 class Storage(Protocol):
-    """A place that models come from. Every method may raise an HfmsError, and nothing else."""
+    """A place that models come from. Every method may raise an HfmsError, and nothing else.
+
+    A storage may also have
+    - `hashed() -> Iterable[tuple[Path, os.stat_result, str]]`: files that it hashed while it fetched them, as they were
+      then, with the SHA-256 (or git's SHA-1) that it found. They are not read once more;
+    - `discard(manifest, paths)`: a coroutine that deletes some of a model's files, so that `fetch` brings just them;
+    - `peek(manifest, path, first, count) -> bytes`: a coroutine; some bytes of a file that need not be on this disk;
+    - `leftovers() -> Iterable[Leftover]`: what lies on this disk and nothing refers to.
+    """
 
     name: str
 

@@ -278,6 +278,8 @@ class ModelFile(Struct, frozen=True):
     size: int
     sha256: str | None = None
     """Lower-case hex; None where the source does not publish one."""
+    oid: str | None = None
+    """Git's SHA-1 of the file (`git hash-object`), lower-case hex: what a git repository says of its small files."""
 
     def safe_path(self) -> PurePosixPath:
         """The path, or ValueError where it is absolute, climbs out, or holds a NUL or a backslash."""

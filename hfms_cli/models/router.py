@@ -80,6 +80,8 @@ class Router:
             if manifest is None:
                 return None
             folder = await self._ask(storage, "fetch", storage.fetch(manifest, progress))
+            if hasattr(storage, "hashed"):
+                self._receipts.add(storage.hashed())
             if not manifest.files:  # some storages know the files only once they have them
                 manifest = await self._find(storage, name) or manifest
             report("verify")

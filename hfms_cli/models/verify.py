@@ -14,9 +14,10 @@ from typing import BinaryIO
 import msgspec
 
 from hfms_cli.errors import VerifyFailed
+from hfms_cli.hookspecs import Progress
 from hfms_cli.types import Manifest, ModelFile
 
-__all__ = ["RECEIPTS", "Receipts", "verify"]
+__all__ = ["RECEIPTS", "Receipts", "examine", "verify"]
 
 RECEIPTS = "verified.json"
 """The file of receipts, in the folder of what hfms knows between runs."""
@@ -41,6 +42,7 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
 class Receipt(msgspec.Struct, frozen=True):
     stamp: Stamp
     sha256: str
+    """Or git's SHA-1, where that is what proves the file; their lengths tell them apart."""
 
 
 class Receipts:
@@ -59,7 +61,7 @@ class Receipts:
             except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
                 self._known = {}
 
-    def sha256(self, file: Path, stat: os.stat_result) -> str | None:
+    def digest(self, file: Path, stat: os.stat_result) -> str | None:
         receipt = self._known.get(str(file))
         return receipt.sha256 if receipt and receipt.stamp == Stamp.of(stat) else None
 
@@ -82,26 +84,50 @@ class Receipts:
 
 
 async def verify(manifest: Manifest, folder: Path, *, receipts: Receipts | None = None, force: bool = False) -> None:
-    """Check that each file of the manifest is in the folder, with its size and, where there is one, its SHA-256.
+    """Check that each file of the manifest is in the folder, with its size and, where there is one, its hash.
 
     receipts: hashes of earlier runs. force: hash again what has a receipt.
     Raises VerifyFailed, which names the first bad file and what differs.
     """
+    for bad in (await examine(manifest, folder, receipts=receipts, force=force)).values():
+        raise bad
+
+
+async def examine(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    receipts: Receipts | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, VerifyFailed]:
+    """The files that are not as the manifest says, and what is wrong with each; as `verify`."""
     receipts = receipts or Receipts()
     gate, stop = asyncio.Semaphore(AT_ONCE), threading.Event()
+    done = 0
 
     async def check(file: ModelFile) -> tuple[Path, os.stat_result, str] | None:
+        nonlocal done
         async with gate:
-            return await asyncio.to_thread(_check, file, folder, receipts, force, stop)
+            try:
+                return await asyncio.to_thread(_check, file, folder, receipts, force, stop)
+            finally:
+                done += file.size
+                progress(done, manifest.size)
 
+    progress(0, manifest.size)
     try:
         checked = await asyncio.gather(*map(check, manifest.files), return_exceptions=True)
     finally:
         stop.set()  # a thread cannot be cancelled, only asked
     await asyncio.to_thread(receipts.add, [c for c in checked if isinstance(c, tuple)])
-    for failure in checked:
-        if isinstance(failure, BaseException):
-            raise failure
+    bad: dict[str, VerifyFailed] = {}
+    for file, outcome in zip(manifest.files, checked, strict=True):
+        if isinstance(outcome, VerifyFailed):
+            bad[file.path] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    return bad
 
 
 def _check(
@@ -114,21 +140,26 @@ def _check(
             stat = os.fstat(opened.fileno())
             if stat.st_size != file.size:
                 raise VerifyFailed(_bad(file, f"has {stat.st_size:,} bytes and should have {file.size:,}"))
-            if file.sha256 is None:
+            wanted = (file.sha256 or file.oid or "").lower()
+            if not wanted:
                 return None
-            known = None if force else receipts.sha256(path, stat)
-            digest = known or _sha256(opened, stop)
+            known = None if force else receipts.digest(path, stat)
+            digest = known or _hash(opened, file, stop)
             unchanged = Stamp.of(os.fstat(opened.fileno())) == Stamp.of(stat)
     except OSError as exc:
         raise VerifyFailed(_bad(file, f"cannot be read: {exc.strerror}")) from exc
-    if digest != file.sha256.lower():
-        raise VerifyFailed(_bad(file, f"has the SHA-256 {digest[:12]}… and should have {file.sha256[:12]}…"))
+    if digest != wanted:
+        kind = "SHA-256" if file.sha256 else "git hash"
+        raise VerifyFailed(_bad(file, f"has the {kind} {digest[:12]}… and should have {wanted[:12]}…"))
     return (path, stat, digest) if known is None and unchanged else None
 
 
-def _sha256(file: BinaryIO, stop: threading.Event) -> str:
+def _hash(opened: BinaryIO, file: ModelFile, stop: threading.Event) -> str:
+    """The SHA-256 of a file or, where the manifest knows only that one, git's SHA-1."""
     digest = hashlib.sha256()
-    while (chunk := file.read(_CHUNK)) and not stop.is_set():
+    if not file.sha256:
+        digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    while (chunk := opened.read(_CHUNK)) and not stop.is_set():
         digest.update(chunk)
     return digest.hexdigest()
 
@@ -155,4 +186,4 @@ def _inside(folder: Path, file: ModelFile) -> Path:
 
 
 def _bad(file: ModelFile, why: str) -> str:
-    return f"`{file.path}` {why}. Remove the model (`hfms models rm`) and fetch it again."
+    return f"`{file.path}` {why}. Fetch what is bad again: `hfms models verify --repair`."

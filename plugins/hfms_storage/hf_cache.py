@@ -2,7 +2,8 @@
 
 Everything goes through huggingface_hub, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean
 everywhere (it reads them when it is first imported), and what other programs have fetched is found. Of a repository
-only what an engine needs is fetched. Where the Hub cannot be asked, what is here whole answers for it.
+only what an engine needs is fetched (`hub_download.py`). Where the Hub cannot be asked, what is here whole answers for
+it.
 
 Beside the cache it keeps whatever has a CID: see `blocks.py`.
 """
@@ -16,6 +17,8 @@ import json
 import os
 import re
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ from hfms_cli import (
     Progress,
     SeveralModels,
     VerifyFailed,
+    Watch,
     __version__,
     choose,
     gguf_models,
@@ -41,6 +45,7 @@ from hfms_cli import (
     setting,
 )
 from hfms_storage.blocks import BlockFolder, beside
+from hfms_storage.hub_download import Blob, Download, Stopped, locked, refuse_what_does_not_fit
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
@@ -48,6 +53,9 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST_BY_HTTP = 50 * 10**9
+"""Bytes; the Hub sends larger files by Xet alone."""
+_TELL_SECONDS = 0.1
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -58,6 +66,12 @@ class HfCacheOptions:
     endpoint: str = setting("", "The Hub, or a mirror of it; empty: HF_ENDPOINT, then https://huggingface.co.")
     cache_dir: str = setting("", "The Hub's cache; empty: HF_HUB_CACHE, then HF_HOME, then its usual place.")
     blocks_dir: str = setting("", 'Where what has a CID is kept; empty: "ipfs" beside the Hub\'s cache.')
+    connections: int = setting(8, "How many parts of files are fetched at once.", ge=1, le=64)
+    xet: bool = setting(
+        False,
+        "Fetch by Xet what the Hub keeps so: files share their chunks, but a pull that breaks off begins them anew. "
+        "Files above 50 GB always come so.",
+    )
     quant: str = setting("", "Which GGUF to take of several where a name does not say, such as Q4_K_M; empty: ask.")
 
 
@@ -72,7 +86,7 @@ class Snapshot:
 
     @property
     def sizes(self) -> dict[str, tuple[int, str]]:
-        """Path -> bytes, and the name of the blob, which is the SHA-256 of large files."""
+        """Path -> bytes, and the name of the blob: the SHA-256 of large files, and git's SHA-1 of others."""
         root = self.info.snapshot_path
         return {f.file_path.relative_to(root).as_posix(): (f.size_on_disk, f.blob_path.name) for f in self.info.files}
 
@@ -89,6 +103,7 @@ class HfCache(BlockFolder):
 
     def __init__(self, options: HfCacheOptions) -> None:
         self._options = options
+        self._hashed: list[tuple[Path, os.stat_result, str]] = []
 
     def claims(self, name: ModelName) -> bool:
         return name.scheme == ""
@@ -99,14 +114,21 @@ class HfCache(BlockFolder):
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
         loop = asyncio.get_running_loop()
         stop = threading.Event()
-
-        def report(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(progress, done, total)
-
+        watch = Watch.of(progress)
+        told = Watch(
+            whole=lambda done, total: _tell(loop, watch.whole, done, total),
+            file=lambda path, done, size: _tell(loop, watch.file, path, done, size),
+            say=lambda text: _tell(loop, watch.say, text),
+        )
         try:
-            return await asyncio.to_thread(self._fetch, manifest, report, stop)
+            return await asyncio.to_thread(self._fetch, manifest, told, stop)
         finally:
             stop.set()  # a thread cannot be cancelled, only asked
+
+    def hashed(self) -> Sequence[tuple[Path, os.stat_result, str]]:
+        """Files that were hashed while they came, since this was last asked."""
+        found, self._hashed = self._hashed, []
+        return found
 
     async def list(self) -> Sequence[Manifest]:
         return await asyncio.to_thread(lambda: [m for s in self._snapshots() for m in self._models(s)])
@@ -147,11 +169,13 @@ class HfCache(BlockFolder):
         chosen = [files[path] for path in self._choose(repo, files, quant)]
         if not _COMMIT.fullmatch(info.sha or ""):  # it becomes the name of a folder
             raise FetchFailed(f"The Hub names no commit of `{repo}`.")
-        try:
-            for file in chosen:
+        for file in chosen:
+            try:
                 file.safe_path()
-        except ValueError as exc:
-            raise FetchFailed(f"The Hub lists an {exc} in `{repo}`.") from exc
+            except ValueError as exc:
+                raise FetchFailed(f"The Hub lists an {exc} in `{repo}`.") from exc
+            if not (file.sha256 or file.oid):
+                raise FetchFailed(f"The Hub names no hash of `{file.path}` in `{repo}`, so nothing could prove it.")
         return Manifest(
             name=name,
             storage=self.name,
@@ -194,16 +218,20 @@ class HfCache(BlockFolder):
             raise ModelNotFound(f"`{repo}` holds no model in a format that hfms reads.", param="model")
         return chosen
 
-    def _fetch(self, manifest: Manifest, report: Progress, stop: threading.Event) -> Path:
+    def _fetch(self, manifest: Manifest, watch: Watch, stop: threading.Event) -> Path:
         from huggingface_hub import snapshot_download
 
         repo = manifest.name.rest.partition(":")[0]
         folder = self._folder(repo, manifest.revision)
         missing = [f for f in manifest.files if not (folder / f.safe_path()).is_file()]
-        left = sum(f.size for f in missing)
-        report(manifest.size - left, manifest.size)
+        here = manifest.size - sum(f.size for f in missing)
+        watch(here, manifest.size)
         if missing:
+            ours = [] if self._options.xet else [f for f in missing if f.size <= _LARGEST_BY_HTTP]
+            so_far = _Tally(watch, here, manifest)
             try:
+                self._download(repo, manifest.revision, ours, so_far, stop)
+                # The rest is the library's: files that come by Xet, and its own notes on the repository.
                 snapshot_download(
                     repo,
                     revision=manifest.revision,
@@ -212,15 +240,47 @@ class HfCache(BlockFolder):
                     endpoint=self._options.endpoint or None,
                     library_name="hfms",
                     library_version=__version__,
-                    tqdm_class=_bar(lambda done: report(manifest.size - max(left - done, 0), manifest.size), stop),
+                    tqdm_class=_bar(so_far.by_library, stop),
                 )
             except Exception as exc:
                 raise _explained(exc, repo) from exc
-            for file in missing:
+            for file in (f for f in missing if f not in ours):
                 _refuse_wrong(folder / file.path, file)
-            report(manifest.size, manifest.size)
+            watch(manifest.size, manifest.size)
         self._note(repo, manifest)
         return folder
+
+    def _download(
+        self, repo: str, commit: str, files: Sequence[ModelFile], tally: _Tally, stop: threading.Event
+    ) -> None:
+        """Fetch files into the cache's blobs, and give them their names in the snapshot once all are there."""
+        folder = self._folder(repo, commit)
+        blobs = folder.parents[1] / "blobs"
+        wanted = {f.path: Blob(f.path, f.size, f.sha256, f.oid) for f in files}
+        blobs.mkdir(parents=True, exist_ok=True)
+
+        def say() -> None:
+            tally.watch.say(f"Another process fetches `{repo}` already; waiting for it.")
+
+        with locked(self.root / ".locks" / folder.parents[1].name, [b.name for b in wanted.values()], say, stop):
+            # Two names may stand for the same bytes, and whoever had the locks before may have brought some.
+            missing = {b.name: b for b in wanted.values() if not (blobs / b.name).is_file()}
+            for blob in wanted.values():
+                if blob not in missing.values():
+                    tally.add(blob.path, blob.size)
+            refuse_what_does_not_fit([*missing.values()], blobs)
+            download = Download(
+                _Repository(self._api, repo, commit),
+                [*missing.values()],
+                blobs,
+                connections=self._options.connections,
+                report=lambda blob, more: tally.add(blob.path, more),
+                stop=stop,
+            )
+            self._hashed += [(path, path.stat(), digest) for path, digest in download.run()]
+            # The largest last: a snapshot with weights in it has all else.
+            for blob in sorted(wanted.values(), key=lambda b: b.size):
+                _link(blobs / blob.name, folder / blob.path)
 
     def _folder(self, repo: str, commit: str) -> Path:
         return self.root / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
@@ -291,7 +351,7 @@ class HfCache(BlockFolder):
             name=name,
             storage=self.name,
             revision=snapshot.info.commit_hash,
-            files=tuple(ModelFile(p, sizes[p][0], _sha256(sizes[p][1])) for p in chosen),
+            files=tuple(ModelFile(p, sizes[p][0], _sha256(sizes[p][1]), _oid(sizes[p][1])) for p in chosen),
             source=str(snapshot.info.snapshot_path),
         )
 
@@ -318,11 +378,88 @@ def _names(snapshot: Snapshot) -> set[str | None]:
 
 
 def _file(sibling: RepoSibling) -> ModelFile:
-    return ModelFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
+    """A file as the Hub lists it. Its hashes become names of files, so they are looked at closely."""
+    sha256 = _sha256(sibling.lfs.sha256) if sibling.lfs else None
+    return ModelFile(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else _oid(sibling.blob_id or ""))
 
 
 def _sha256(blob: str) -> str | None:
     return blob if _SHA256.fullmatch(blob) else None
+
+
+def _oid(blob: str) -> str | None:
+    return blob if _COMMIT.fullmatch(blob) else None
+
+
+def _tell(loop: asyncio.AbstractEventLoop, told: Callable[..., None], *what: object) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and nobody listens
+        loop.call_soon_threadsafe(told, *what)
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Give a blob its name in a snapshot, as huggingface_hub does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}.link")
+    try:
+        draft.symlink_to(os.path.relpath(blob, path.parent))
+    except PermissionError:  # a file system without links
+        blob.replace(path)
+    else:
+        draft.replace(path)
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """One commit of a repository, for `hub_download`."""
+
+    api: HfApi
+    repo: str
+    commit: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        return build_hf_headers(library_name="hfms", library_version=__version__)
+
+    def address(self, path: str) -> tuple[str, str, int | None]:
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(self.repo, path, revision=self.commit, endpoint=self.api.endpoint)
+        found = get_hf_file_metadata(
+            url, timeout=constants.HF_HUB_ETAG_TIMEOUT, headers=self.headers, endpoint=self.api.endpoint
+        )
+        return url, found.location, found.size
+
+
+class _Tally:
+    """Adds up what threads say has come, and tells it on a few times a second."""
+
+    def __init__(self, watch: Watch, here: int, manifest: Manifest) -> None:
+        """here: bytes of the model that were on the disk before."""
+        self.watch = watch
+        self._here = here
+        self._total = manifest.size
+        self._sizes = {f.path: f.size for f in manifest.files}
+        self._done: Counter[str] = Counter()
+        self._told: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def add(self, path: str, more: int) -> None:
+        now, size = time.monotonic(), self._sizes[path]
+        with self._lock:
+            self._done[path] += more
+            done = self._done[path]
+            if done < size and now - self._told.get(path, -1.0) < _TELL_SECONDS:
+                return
+            self._told[path] = now
+            whole = self._here + self._done.total()
+        self.watch.file(path, done, size)
+        self.watch(min(whole, self._total), self._total)
+
+    def by_library(self, done: int) -> None:
+        """Bytes that huggingface_hub has brought, which does not say of which files."""
+        self.watch(min(self._here + self._done.total() + done, self._total), self._total)
 
 
 def _joined(snapshot: Snapshot, chosen: Collection[str]) -> bool:
@@ -359,6 +496,8 @@ def _explained(exc: BaseException, repo: str, *, gated: bool = False) -> HfmsErr
     """The Hub's client's error in our words: it has many kinds, and most of them hold URLs."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    if isinstance(exc, HfmsError):
+        return exc
     causes = [exc, *_causes(exc)]
     status = next((r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None)
     if any(map(_gated, causes)) or (gated and status in (401, 403, 404)):
@@ -381,10 +520,6 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
     while (cause := exc.__cause__) is not None:
         yield cause
         exc = cause
-
-
-class Stopped(Exception):
-    """Nobody waits for this download any more."""
 
 
 def _bar(report: Callable[[int], None], stop: threading.Event) -> type[Any]:

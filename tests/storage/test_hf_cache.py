@@ -13,6 +13,7 @@ import pytest
 from hfms_cli import BadRequest, FetchFailed, GatedModel, ModelName, ModelNotFound, VerifyFailed
 from hfms_cli.models.names import parse
 from hfms_cli.models.router import Router
+from hfms_storage import hub_download
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
 from tests.storage.hub import Hub, Repo
 
@@ -218,10 +219,7 @@ async def test_wrong_bytes_under_the_right_name_are_refused_and_do_not_stay(hub,
     assert len([p for p, _, _ in hub.sent if p == "tokenizer.json"]) == 1  # what was right has stayed
 
 
-async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, hf_cache, model, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50)  # usually 10 MB, which is what a break can cost
+async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, hf_cache, model):
     hub.cuts = {"model.safetensors": [100]}
     _, folder = await pull(hf_cache)
     assert (folder / "model.safetensors").read_bytes() == model["model.safetensors"]
@@ -230,9 +228,7 @@ async def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, hf_cache
 
 
 async def test_a_hub_that_breaks_down_in_the_middle_leaves_nothing_that_looks_whole(hub, hf_cache, monkeypatch):
-    from huggingface_hub import file_download
-
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # the client's own pauses between its tries
+    monkeypatch.setattr(hub_download, "PAUSES", (0.0, 0.0))
     manifest = await hf_cache.find(TINY)
     hub.cuts = {"model.safetensors": [0] * 99}
     with pytest.raises(FetchFailed):
@@ -356,6 +352,7 @@ SCRIPT = """
 import asyncio, json, sys
 from hfms_cli import HfmsError, ModelName
 from hfms_cli.models.router import Router
+from hfms_storage import hub_download
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
 
 async def main():
