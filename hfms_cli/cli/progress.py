@@ -1,26 +1,37 @@
-"""How far a pull is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a pull is: a bar for each file and one for all on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hfms_cli.cli.output import console, human_bytes, printable
-from hfms_cli.hookspecs import Progress
+from hfms_cli.hookspecs import Watch
 
 
 @contextmanager
-def pulling(name: str) -> Iterator[Progress]:
-    """A function that takes bytes so far and bytes in all. Shows on standard error, so that output stays clean."""
-    with _bar(name) if sys.stderr.isatty() else _lines(name) as progress:
-        yield progress
+def pulling(name: str) -> Iterator[Watch]:
+    """Something that is told of bytes. Shows on standard error, so that output stays clean."""
+    if sys.stderr.isatty():
+        with _bars(name) as watch:
+            yield watch
+    else:
+        yield _lines(name)
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Progress]:
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+def _bars(name: str) -> Iterator[Watch]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -29,21 +40,42 @@ def _bar(name: str) -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task(printable(name), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+    with Progress(*columns, console=console(stderr=True)) as bars:
+        all_files = bars.add_task(printable(name), total=None)
+        files: dict[str, TaskID] = {}
+
+        def whole(done: int, total: int) -> None:
+            bars.update(all_files, completed=done, total=total or None)
+
+        def file(path: str, done: int, size: int) -> None:
+            if path not in files:
+                files[path] = bars.add_task(f"  {printable(path)}", total=size)
+            # Of a hundred files only those that are on their way are of interest.
+            bars.update(files[path], completed=done, visible=done < size or len(files) <= 8)
+
+        yield Watch(whole, file, lambda text: bars.console.print(printable(text)))
 
 
-@contextmanager
-def _lines(name: str) -> Iterator[Progress]:
+def _lines(name: str, clock: Callable[[], float] = time.monotonic) -> Watch:
     """A line at the start and at every tenth of the whole: a log is not to fill with them."""
     shown = -1
+    began: tuple[float, int] | None = None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
+    def whole(done: int, total: int) -> None:
+        nonlocal shown, began
+        now = clock()
+        began = began or (now, done)
         tenth = done * 10 // total if total else 0
         if tenth > shown:
             shown = tenth
-            print(f"{printable(name)}: {human_bytes(done)} of {human_bytes(total)}", file=sys.stderr, flush=True)
+            seconds, came = now - began[0], done - began[1]
+            pace = ""
+            if came and seconds > 0:
+                rate = came / seconds
+                pace = f", {human_bytes(int(rate))}/s, {(total - done) / rate:.0f} s left"
+            say(f"{name}: {human_bytes(done)} of {human_bytes(total)}{pace}")
 
-    yield progress
+    def say(text: str) -> None:
+        print(printable(text), file=sys.stderr, flush=True)
+
+    return Watch(whole, say=say)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from hfms_cli import FetchFailed, VerifyFailed
-from hfms_storage.partial import PIECE, SUFFIX, Partial
+from hfms_storage.partial import SUFFIX, Partial
 
 if TYPE_CHECKING:
     import httpx2
@@ -263,8 +263,8 @@ class Download:
             self._go_on()
             data = data[: end - at]
             while data:
-                piece = at // PIECE
-                part = data[: (piece + 1) * PIECE - at]
+                piece = f.partial.piece(at)
+                part = data[: f.partial.end(piece) - at]
                 new = part[max(0, f.partial.next(piece) - at) :]
                 f.partial.write(piece, new)
                 at, data = at + len(part), data[len(part) :]
@@ -282,7 +282,7 @@ class Download:
         digest = blob.hasher()
         while at < blob.size:
             with f.moved:
-                while not (ready := f.partial.next(at // PIECE) - at):
+                while not (ready := f.partial.next(f.partial.piece(at)) - at):
                     self._go_on()
                     f.moved.wait(LOOK_SECONDS)
             data = f.partial.read(at, min(ready, _READ))

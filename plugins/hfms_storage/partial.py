@@ -56,19 +56,17 @@ class Partial:
         """Bytes that have come."""
         return sum(self._counts)
 
-    @property
-    def front(self) -> int:
-        """Bytes that have come without a gap from the beginning."""
-        front = 0
-        for piece in self.pieces:
-            front += self._counts[piece]
-            if self.left(piece):
-                break
-        return front
-
     def next(self, piece: int) -> int:
         """Where the first byte of a piece belongs that has not come."""
         return piece * PIECE + self._counts[piece]
+
+    def piece(self, at: int) -> int:
+        """The piece that a byte belongs to."""
+        return at // PIECE
+
+    def end(self, piece: int) -> int:
+        """Where the next piece begins, or the file ends."""
+        return piece * PIECE + self._length(piece)
 
     def left(self, piece: int) -> int:
         """Bytes of a piece that have not come."""
@@ -85,11 +83,6 @@ class Partial:
     def read(self, first: int, count: int) -> bytes:
         """Some of the bytes that are here."""
         return os.pread(self._fd, count, first)
-
-    def forget(self) -> None:
-        """Begin anew."""
-        for piece in self.pieces:
-            self._count(piece, 0)
 
     def finish(self, final: Path) -> None:
         """Make it a file of its own, and only that; every byte must have come. Raises OSError."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -12,8 +15,17 @@ LARGE = (".safetensors", ".gguf", ".bin", ".pt")
 """Kept as LFS files: known by their SHA-256, and served from another place by a redirect."""
 
 
+BIT = 2**16
+"""Bytes that go out at once where that is watched."""
+
+
 def git_oid(raw: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
 
 
 @dataclass
@@ -49,6 +61,26 @@ class Hub:
     """File -> after how many bytes each next answer breaks off."""
     held: dict[str, asyncio.Event] = field(default_factory=dict)
     """File -> once half of it is sent, the rest waits for this."""
+    faults: dict[str, list[int]] = field(default_factory=dict)
+    """File -> the statuses of its next answers."""
+    retry_after: str = ""
+    """What answers with a fault say of that."""
+    ranges: dict[str, str] = field(default_factory=dict)
+    """File -> the Content-Range of its answers, where that is not the truth."""
+    rangeless: bool = False
+    """Ranges are not known here: every answer has the whole file."""
+    more: dict[str, bytes] = field(default_factory=dict)
+    """File -> bytes that are sent behind what was asked for."""
+    less: dict[str, int] = field(default_factory=dict)
+    """File -> bytes that are missing at the end of each answer, which ends as if all were well."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """File -> its length as it is listed, where that is not the truth."""
+    addresses: dict[str, str] = field(default_factory=dict)
+    """File -> where its redirect leads, instead of to its bytes."""
+    on_bytes: Callable[[int], None] = lambda count: None
+    """Told of bytes of files that have gone out; then they go out slowly, and bit by bit."""
+    slowly: float = 0.0
+    """Seconds between two such bits of one answer."""
     tokens: set[str] = field(default_factory=set)
     """Tokens that clients showed."""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
@@ -98,9 +130,10 @@ class Hub:
         repo = self._repo(request)
         siblings = []
         for path, raw in repo.files.items():
-            sibling = {"rfilename": path, "size": len(raw), "blobId": git_oid(raw)}
+            size = self.sizes.get(path, len(raw))
+            sibling = {"rfilename": path, "size": size, "blobId": git_oid(raw)}
             if path.endswith(LARGE):
-                sibling["lfs"] = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 130}
+                sibling["lfs"] = {"sha256": sha256(raw), "size": size, "pointerSize": 130}
             siblings.append(sibling)
         name = request.match_info["repo"]
         gated = "manual" if repo.gated else False
@@ -111,7 +144,7 @@ class Hub:
         for path, raw in self._repo(request).files.items():
             entry = {"type": "file", "path": path, "size": len(raw), "oid": git_oid(raw)}
             if path.endswith(LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 130}
+                entry["lfs"] = {"oid": sha256(raw), "size": len(raw), "pointerSize": 130}
             entries.append(entry)
         return web.json_response(entries)
 
@@ -128,10 +161,11 @@ class Hub:
         headers = {"X-Repo-Commit": repo.commit}
         if not path.endswith(LARGE):
             return await self._send(request, path, raw, headers | {"ETag": f'"{git_oid(raw)}"'})
-        headers["X-Linked-Etag"] = f'"{hashlib.sha256(raw).hexdigest()}"'
+        headers["X-Linked-Etag"] = f'"{sha256(raw)}"'
         headers["X-Linked-Size"] = str(len(raw))
         # Another host, as with the real Hub: its client must not take the token there.
-        headers["Location"] = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{request.match_info['repo']}/{path}"
+        elsewhere = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{request.match_info['repo']}/{path}"
+        headers["Location"] = self.addresses.get(path, elsewhere)
         return web.Response(status=302, headers=headers)
 
     async def _cdn(self, request):
@@ -139,23 +173,33 @@ class Hub:
         return await self._send(request, path, self.repos[request.match_info["repo"]].files[path], {})
 
     async def _send(self, request, path, raw, headers):
+        if request.method == "GET" and (faults := self.faults.get(path)):
+            told = {"Retry-After": self.retry_after} if self.retry_after else {}
+            return web.Response(status=faults.pop(0), headers=told)
         if path in self.wrong:
             raw = bytes(255 - b for b in raw)
-        first = request.http_range.start or 0
-        response = web.StreamResponse(status=206 if first else 200, headers=headers)
-        response.content_length = len(raw) - first
-        if first:
-            response.headers["Content-Range"] = f"bytes {first}-{len(raw) - 1}/{len(raw)}"
+        asked = slice(None) if self.rangeless else request.http_range
+        first, end, _ = asked.indices(len(raw))
+        rest = raw[first : end - self.less.get(path, 0)] + self.more.get(path, b"")
+        in_part = "Range" in request.headers and not self.rangeless
+        response = web.StreamResponse(status=206 if in_part else 200, headers=headers)
+        if path in self.more or path in self.less:
+            response.enable_chunked_encoding()
+        else:
+            response.content_length = len(rest)
+        if in_part:
+            response.headers["Content-Range"] = self.ranges.get(path, f"bytes {first}-{end - 1}/{len(raw)}")
         await response.prepare(request)
         if request.method == "HEAD":
             return response
-        rest = raw[first:]
         if cuts := self.cuts.get(path):
             rest = rest[: cuts.pop(0)]
             self.sent.append((path, first, len(rest)))
             await response.write(rest)
             request.transport.close()
             return response
+        if self.slowly:
+            return await self._send_slowly(request, response, path, first, rest)
         self.sent.append((path, first, len(rest)))
         if path in self.held:
             await response.write(rest[: len(rest) // 2])
@@ -163,6 +207,23 @@ class Hub:
             rest = rest[len(rest) // 2 :]
         await response.write(rest)
         await response.write_eof()
+        return response
+
+    async def _send_slowly(self, request, response, path, first, rest):
+        """Bit by bit, and with little on the way: so `sent` tells what the other side may have."""
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BIT)
+        gone = 0
+        try:
+            for at in range(0, len(rest), BIT):
+                await response.write(rest[at : at + BIT])
+                gone = min(at + BIT, len(rest))
+                self.on_bytes(min(BIT, len(rest) - at))
+                await asyncio.sleep(self.slowly)
+            await response.write_eof()
+        except ConnectionError:
+            request.transport.close()
+        finally:
+            self.sent.append((path, first, gone))
         return response
 
 
