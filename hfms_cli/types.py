@@ -282,11 +282,12 @@ class ModelFile(Struct, frozen=True):
     """Git's SHA-1 of the file (`git hash-object`), lower-case hex: what a git repository says of its small files."""
 
     def safe_path(self) -> PurePosixPath:
-        """The path, or ValueError where it is absolute, climbs out, or holds a NUL or a backslash."""
+        """The path, or ValueError where it is absolute, climbs out, holds a NUL or a backslash, or fits no disk."""
         path = PurePosixPath(self.path)
         bad = path.is_absolute() or ".." in path.parts or not path.parts
-        if bad or "\0" in self.path or "\\" in self.path or ":" in path.parts[0]:
-            raise ValueError(f"unsafe file name {self.path!r}")
+        long = any(len(part.encode(errors="replace")) > 255 for part in path.parts) or len(self.path) > 1024
+        if bad or long or "\0" in self.path or "\\" in self.path or ":" in path.parts[0]:
+            raise ValueError(f"unsafe file name {self.path[:64]!r}")
         return path
 
 

@@ -174,6 +174,8 @@ class HfCache(BlockFolder):
                 file.safe_path()
             except ValueError as exc:
                 raise FetchFailed(f"The Hub lists an {exc} in `{repo}`.") from exc
+            if file.size < 0:
+                raise FetchFailed(f"The Hub lists {file.size} bytes for `{file.path}` in `{repo}`.")
             if not (file.sha256 or file.oid):
                 raise FetchFailed(f"The Hub names no hash of `{file.path}` in `{repo}`, so nothing could prove it.")
         return Manifest(
@@ -230,6 +232,7 @@ class HfCache(BlockFolder):
             ours = [] if self._options.xet else [f for f in missing if f.size <= _LARGEST_BY_HTTP]
             so_far = _Tally(watch, here, manifest)
             try:
+                refuse_what_does_not_fit([_blob(f) for f in missing], folder.parents[1] / "blobs")
                 self._download(repo, manifest.revision, ours, so_far, stop)
                 # The rest is the library's: files that come by Xet, and its own notes on the repository.
                 snapshot_download(
@@ -256,7 +259,7 @@ class HfCache(BlockFolder):
         """Fetch files into the cache's blobs, and give them their names in the snapshot once all are there."""
         folder = self._folder(repo, commit)
         blobs = folder.parents[1] / "blobs"
-        wanted = {f.path: Blob(f.path, f.size, f.sha256, f.oid) for f in files}
+        wanted = {f.path: _blob(f) for f in files}
         blobs.mkdir(parents=True, exist_ok=True)
 
         def say() -> None:
@@ -268,7 +271,6 @@ class HfCache(BlockFolder):
             for blob in wanted.values():
                 if blob not in missing.values():
                     tally.add(blob.path, blob.size)
-            refuse_what_does_not_fit([*missing.values()], blobs)
             download = Download(
                 _Repository(self._api, repo, commit),
                 [*missing.values()],
@@ -383,6 +385,10 @@ def _file(sibling: RepoSibling) -> ModelFile:
     return ModelFile(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else _oid(sibling.blob_id or ""))
 
 
+def _blob(file: ModelFile) -> Blob:
+    return Blob(file.path, file.size, file.sha256, file.oid)
+
+
 def _sha256(blob: str) -> str | None:
     return blob if _SHA256.fullmatch(blob) else None
 
@@ -453,9 +459,9 @@ class _Tally:
             if done < size and now - self._told.get(path, -1.0) < _TELL_SECONDS:
                 return
             self._told[path] = now
-            whole = self._here + self._done.total()
-        self.watch.file(path, done, size)
-        self.watch(min(whole, self._total), self._total)
+            # Within the lock, so that no thread tells old news last.
+            self.watch.file(path, done, size)
+            self.watch(min(self._here + self._done.total(), self._total), self._total)
 
     def by_library(self, done: int) -> None:
         """Bytes that huggingface_hub has brought, which does not say of which files."""

@@ -340,6 +340,8 @@ def refuse_what_does_not_fit(blobs: Sequence[Blob], folder: Path) -> None:
     """Raise FetchFailed where the disk has no room for what has not come yet."""
     needs = 0
     for blob in blobs:
+        if (folder / blob.name).is_file():
+            continue
         needs += blob.size
         with suppress(OSError):
             needs -= min(blob.size, (folder / (blob.name + SUFFIX)).stat().st_blocks * 512)

@@ -8,6 +8,7 @@ import hashlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from aiohttp import web
 
@@ -83,6 +84,8 @@ class Hub:
     """Seconds between two such bits of one answer."""
     tokens: set[str] = field(default_factory=set)
     """Tokens that clients showed."""
+    shown: set[tuple[str, str]] = field(default_factory=set)
+    """Host that was asked, and token that it was shown."""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
     """File, first byte and number of bytes of each answer with a file in it."""
     url: str = ""
@@ -107,6 +110,7 @@ class Hub:
     @web.middleware
     async def _middleware(self, request, handler):
         self.tokens.add(request.headers.get("Authorization", "").removeprefix("Bearer "))
+        self.shown.add((request.host, request.headers.get("Authorization", "").removeprefix("Bearer ")))
         if self.down:
             return web.Response(status=self.down)
         try:
@@ -164,7 +168,7 @@ class Hub:
         headers["X-Linked-Etag"] = f'"{sha256(raw)}"'
         headers["X-Linked-Size"] = str(len(raw))
         # Another host, as with the real Hub: its client must not take the token there.
-        elsewhere = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{request.match_info['repo']}/{path}"
+        elsewhere = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{request.match_info['repo']}/{quote(path)}"
         headers["Location"] = self.addresses.get(path, elsewhere)
         return web.Response(status=302, headers=headers)
 
