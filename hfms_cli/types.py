@@ -21,6 +21,7 @@ __all__ = [
     "Chunk",
     "Conversation",
     "Device",
+    "Leftover",
     "LoadedInfo",
     "Manifest",
     "ModelCard",
@@ -317,6 +318,21 @@ class Manifest(Struct, frozen=True, kw_only=True):
         files = sorted((f.path, f.sha256 or f"{f.size} {self.revision}") for f in self.files if f.path in paths)
         told = [part for file in files for part in file] or [self.revision]
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
+class Leftover(Struct, frozen=True, kw_only=True):
+    """Something on this disk that nothing refers to any more."""
+
+    about: str
+    """What it is, for people."""
+    size: int
+    """Bytes that its end gives back."""
+    age_seconds: float
+    """Since it was last written."""
+    paths: tuple[str, ...]
+    """Files and folders, absolute; together they are the whole of it."""
+    model: ModelName | None = None
+    """The model that it is, or was to become, where that is known."""
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):

@@ -1,4 +1,7 @@
-"""`hfms models`: the models on this disk (list, pull, show, rm), and those of a running server (load, unload, ps)."""
+"""`hfms models`: the models on this disk (list, pull, show, rm), and those of a running server (load, unload, ps).
+
+Verbs of other modules join them: `keep.py` (verify, gc, pin, unpin) and `tune.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from msgspec import to_builtins
 
 from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_url
 from hfms_cli.cli.discover import discover as discover_models
+from hfms_cli.cli.keep import Force, gc, pin, router_for, unpin, verify
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
@@ -38,7 +42,7 @@ app = typer.Typer(help="List, pull, load and remove models.", no_args_is_help=Tr
 @app.command("list")
 def list_models(config: ConfigFile = None, as_json: AsJson = False) -> None:
     """List the models on this disk."""
-    found = _run(_with(_router(config), _listed))
+    found = _run(_with(router_for(config), _listed))
     if as_json:
         print_json([_as_json(m) | {"tasks": tasks} for m, tasks in found])
         return
@@ -53,7 +57,7 @@ def pull(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False
     """Fetch a model to this disk and check every byte."""
     wanted = _parsed(name)
     with pulling(str(wanted)) as progress:
-        manifest, folder = _run(_with(_router(config), lambda router: router.pull(wanted, progress)))
+        manifest, folder = _run(_with(router_for(config), lambda router: router.pull(wanted, progress)))
     if as_json:
         print_json(_as_json(manifest) | {"folder": str(folder)})
         return
@@ -63,7 +67,7 @@ def pull(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False
 @app.command()
 def show(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show what is known of a model; nothing is fetched."""
-    manifest, folder, card = _run(_with(_router(config), lambda router: _look(router, _parsed(name))))
+    manifest, folder, card = _run(_with(router_for(config), lambda router: _look(router, _parsed(name))))
     quality = _quality(config, folder) if folder else {}
     if as_json:
         more = {"quality": {q: to_builtins(found) for q, found in quality.items()}}
@@ -90,24 +94,21 @@ def show(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = False
 
 
 @app.command()
-def rm(name: ModelArgument, config: ConfigFile = None) -> None:
+def rm(name: ModelArgument, force: Force = False, config: ConfigFile = None, as_json: AsJson = False) -> None:
     """Delete a model from this disk."""
-    manifest = _run(_with(_router(config), lambda router: router.remove(_parsed(name))))
+    manifest = _run(_with(router_for(config), lambda router: router.remove(_parsed(name), force=force)))
+    if as_json:
+        print_json(_as_json(manifest))
+        return
     typer.echo(printable(f"deleted {manifest.name} ({human_bytes(manifest.size)}, {manifest.storage})"))
 
 
+app.command()(verify)
+app.command()(gc)
+app.command()(pin)
+app.command()(unpin)
 app.command()(tune)
 app.command()(discover_models)
-
-
-def _router(config: Path | None) -> Router:
-    """Over the storages of the configuration, in its order. Raises StartupError."""
-    from hfms_cli.models.router import open_router
-    from hfms_cli.telemetry import logs
-
-    settings = load_config(config)
-    logs.configure(settings.log)
-    return open_router(settings, discover(settings))
 
 
 async def _with(router: Router, use: Callable[[Router], Awaitable[T]]) -> T:

@@ -24,7 +24,7 @@ from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
 from hfms_cli.model_files import SeveralModels, choose, gguf_models
 from hfms_cli.models.content import Content
-from hfms_cli.types import Manifest, ModelFile, ModelName
+from hfms_cli.types import Leftover, Manifest, ModelFile, ModelName
 
 __all__ = ["IpfsModels", "cache_folder"]
 
@@ -122,6 +122,17 @@ class IpfsModels:
                 continue
             if kept:
                 yield kept
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What fetches that were killed have left."""
+        for left in self.root.glob(".fetch-*"):
+            with suppress(FileNotFoundError):
+                yield Leftover(
+                    about="a broken pull from IPFS",
+                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
+                    age_seconds=time.time() - left.stat().st_mtime,
+                    paths=(str(left),),
+                )
 
     def _sweep(self) -> None:
         for left in self.root.glob(".fetch-*"):

@@ -14,17 +14,20 @@ from hfms_cli.config import Config
 from hfms_cli.errors import (
     BadRequest,
     ConfigError,
+    Conflict,
     FetchFailed,
     GatedModel,
     HfmsError,
     ModelNotFound,
     NotFound,
+    VerifyFailed,
 )
 from hfms_cli.hookspecs import Progress, Report, Storage, report_nothing
 from hfms_cli.ipfs.fetch import Observe
 from hfms_cli.models.content import Content, is_content_store
 from hfms_cli.models.ipfs import IpfsModels, cache_folder
-from hfms_cli.models.verify import RECEIPTS, Receipts, verify
+from hfms_cli.models.pins import Pins
+from hfms_cli.models.verify import RECEIPTS, Receipts, examine, verify
 from hfms_cli.plugins import Plugins
 from hfms_cli.types import Manifest, ModelName
 
@@ -51,15 +54,17 @@ class Router:
         content: Content | None = None,
         receipts: Receipts | None = None,
         observe: Observe | None = None,
+        pins: Pins | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """content: the stores of what has a CID. receipts: hashes of files that were verified before.
-        observe: told of every operation.
+        observe: told of every operation. pins: what is not to be removed.
         """
         self.storages = tuple(storages)
         self.content = content or Content(())
         self._receipts = receipts or Receipts()
         self._observe = observe
+        self.pins = pins
         self._clock = clock
         self._there: Sequence[Manifest] = ()
         self._looked = -float("inf")
@@ -112,8 +117,19 @@ class Router:
             self._there, self._looked = await self.list(), self._clock()
         return next((m for m in self._there if stands_for(name, m)), None)
 
-    async def remove(self, name: ModelName) -> Manifest:
-        """Delete a model from this disk, and answer what it was. Raises ModelNotFound, BadRequest."""
+    async def remove(self, name: ModelName, *, force: bool = False) -> Manifest:
+        """Delete a model from this disk, and answer what it was.
+
+        force: also one that is pinned. Raises ModelNotFound, BadRequest, and Conflict where it is pinned.
+        """
+        manifest, storage = await self.on_disk(name)
+        if not force and self.pins is not None and self.pins.keeps(manifest.name, manifest.revision):
+            raise Conflict(f"`{manifest.name}` is pinned: `hfms models unpin {manifest.name}` first, or add --force.")
+        await self._ask(storage, "remove", storage.remove(manifest))
+        return manifest
+
+    async def on_disk(self, name: ModelName) -> tuple[Manifest, Storage]:
+        """The one model on this disk that the name means. Raises ModelNotFound, BadRequest."""
         there = await self.list()
         found = [m for m in there if stands_for(name, m)]
         exact = [m for m in found if m.name == name]
@@ -124,9 +140,30 @@ class Router:
             choices = ", ".join(f"`{m.name.rest}@{m.revision}` ({m.storage})" for m in found)
             raise BadRequest(f"`{name}` is on this disk several times; say which: {choices}.", param="model")
         (manifest,) = found if len(found) == 1 else exact
-        storage = next(s for s in self.storages if s.name == manifest.storage)
-        await self._ask(storage, "remove", storage.remove(manifest))
-        return manifest
+        return manifest, next(s for s in self.storages if s.name == manifest.storage)
+
+    async def examine(
+        self, name: ModelName, progress: Progress, *, repair: bool = False
+    ) -> tuple[Manifest, dict[str, VerifyFailed]]:
+        """Hash every file of a model on this disk anew. The files that are wrong, and how.
+
+        repair: fetch those again, and only those where the storage can; what is wrong after that is answered.
+        Raises ModelNotFound, BadRequest, and what keeps a storage from fetching.
+        """
+        if name.scheme == "path":
+            manifest, storage = await self.find(name)
+        else:
+            manifest, storage = await self.on_disk(name)
+        folder = await self._ask(storage, "fetch", storage.fetch(manifest, lambda done, total: None))
+        bad = await self._ask(storage, "verify", examine(manifest, folder, force=True, progress=progress))
+        if bad and repair:
+            if hasattr(storage, "discard"):
+                await self._ask(storage, "discard", storage.discard(manifest, [*bad]))
+            else:
+                await self._ask(storage, "remove", storage.remove(manifest))
+            manifest, folder = await self.pull(manifest.name, progress)
+            bad = await self._ask(storage, "verify", examine(manifest, folder, force=True))
+        return manifest, bad
 
     async def close(self) -> None:
         """Let go of what the storages hold open."""
@@ -204,7 +241,13 @@ def open_router(config: Config, plugins: Plugins, *, observe: Observe | None = N
         first = next(i for i, s in enumerate(made.values()) if is_content_store(s))
         at = sum(not is_content_store(s) for s in [*made.values()][:first])
         models.insert(at, IpfsModels(content, cache_folder(config.storage.cache_dir)))
-    return Router(models, content=content, receipts=Receipts(config.state_dir / RECEIPTS), observe=observe)
+    return Router(
+        models,
+        content=content,
+        receipts=Receipts(config.state_dir / RECEIPTS),
+        observe=observe,
+        pins=Pins(config.state_dir),
+    )
 
 
 def stands_for(name: ModelName, manifest: Manifest) -> bool:

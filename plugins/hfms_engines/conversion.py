@@ -17,14 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from hfms_cli import HfmsError, LoadFailed, Quality, Report, report_nothing
+from hfms_cli import HfmsError, Leftover, LoadFailed, Quality, Report, report_nothing
 
 Job = TypeVar("Job", bound=msgspec.Struct)
 
@@ -34,6 +34,10 @@ ABANDONED_AFTER = 24 * 3600
 """Seconds after which a conversion is surely over."""
 PACKAGES = ("openvino", "transformers", "torch")
 """Whose versions a conversion depends on."""
+
+TEXTS = ("openvino_export", "quality")
+SENTENCES = ("sentence_openvino", "sentence_torch", "openvino_export")
+"""The makers of models for generation and for embeddings, each with what else its result depends on."""
 
 QUALITY = "quality.json"
 """Beside a quantised model: what that has cost."""
@@ -79,9 +83,31 @@ def converted(
 
 def folder_of(model: Path, modules: Sequence[str], variant: str, cache_dir: str) -> Path:
     """Where a conversion is, once it is made; as for `converted`."""
+    return _root(cache_dir) / f"{_digest_of_model(model)}-{variant}-{_digest_of_makers(modules)}"
+
+
+def _root(cache_dir: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hfms"
-    root = Path(cache_dir or base).expanduser() / "openvino"
-    return root / f"{_digest_of_model(model)}-{variant}-{_digest_of_makers(modules)}"
+    return Path(cache_dir or base).expanduser() / "openvino"
+
+
+def leftovers(cache_dir: str) -> Iterator[Leftover]:
+    """Conversions that were broken off, and what no installed version would take any more."""
+    try:
+        current = {_digest_of_makers(modules) for modules in (TEXTS, SENTENCES)}
+    except importlib.metadata.PackageNotFoundError:
+        return  # nothing can be converted here, so nothing is known to be out of date
+    for folder in sorted(_root(cache_dir).glob("*/")):
+        if folder.name.rpartition("-")[2] in current:
+            continue
+        broken = folder.name.startswith(".making-")
+        with suppress(FileNotFoundError):
+            yield Leftover(
+                about="a conversion that was broken off" if broken else "a conversion by other versions",
+                size=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+                age_seconds=time.time() - folder.stat().st_mtime,
+                paths=(str(folder),),
+            )
 
 
 def quality_of(folder: Path) -> Quality | None:

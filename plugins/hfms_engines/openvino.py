@@ -6,12 +6,13 @@ by what is in the model's files, so the next load only reads and compiles it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
-from hfms_engines.conversion import converted, folder_of, quality_of
+from hfms_cli import Device, Leftover, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
+from hfms_engines.conversion import TEXTS, converted, folder_of, leftovers, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import cache_bytes, openvino_bytes
@@ -28,9 +29,6 @@ FAMILIES = {
     "starcoder2",
 }
 # fmt: on
-
-
-_MAKERS = ["openvino_export", "quality"]
 
 
 @dataclass(frozen=True)
@@ -103,10 +101,14 @@ class OpenVinoEngine:
     def quality(self, folder: Path) -> dict[Quantize, Quality]:
         """What quantisation has cost a model, for each that has been made of it."""
         found = {
-            quantize: quality_of(folder_of(folder, _MAKERS, quantize, self.options.cache_dir))
+            quantize: quality_of(folder_of(folder, TEXTS, quantize, self.options.cache_dir))
             for quantize in self.quantizes
         }
         return {quantize: quality for quantize, quality in found.items() if quality is not None}
+
+    def leftovers(self) -> Iterable[Leftover]:
+        """Conversions that no installed version would take any more, for embeddings too."""
+        return leftovers(self.options.cache_dir)
 
     def load(self, request: LoadRequest) -> PagedScheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
@@ -160,7 +162,7 @@ class OpenVinoEngine:
         return converted(
             request.folder,
             Job(str(request.folder), request.card, request.device, quantize),
-            modules=_MAKERS,
+            modules=TEXTS,
             variant=quantize,
             cache_dir=self.options.cache_dir,
             report=request.report,

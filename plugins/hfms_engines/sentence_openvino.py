@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard
 from hfms_engines import sentence_torch
-from hfms_engines.conversion import converted, main, say
+from hfms_engines.conversion import SENTENCES, converted, main, say
 from hfms_engines.sentence_encoder import About, Encoder, Input
 from hfms_engines.sentence_files import Recipe
 
@@ -84,11 +84,10 @@ def load(request: LoadRequest, quantize: Quantize, cache_dir: str) -> Runner:
     core = ov.Core()
     precision_of(core, request.dtype)  # what cannot run here needs no conversion
     job = Job(str(request.folder), request.card, request.device, quantize)
-    modules = ["sentence_openvino", "sentence_torch", "openvino_export"]
     folder = converted(
         request.folder,
         job,
-        modules=modules,
+        modules=SENTENCES,
         variant=f"sentences-{quantize}",
         cache_dir=cache_dir,
         report=request.report,

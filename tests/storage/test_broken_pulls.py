@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.storage.hub import Hub, Repo
+from tests.storage.verbs import hfms, start
 
 BLOCK = 2**18
 ON_THE_WIRE = 2**17
@@ -32,37 +32,6 @@ def big(model, hub: Hub) -> dict[str, bytes]:
     files = model | {"model.safetensors": len(header).to_bytes(8, "little") + header + weights}
     hub.repos["org/big"] = Repo(files)
     return files
-
-
-@pytest.fixture
-def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HFMS_"))}
-    return clean | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HOME": str(tmp_path),
-        "HFMS_STATE_DIR": str(tmp_path / "state"),
-        "HFMS_CACHE_DIR": str(tmp_path / "cache"),
-        "HFMS_STORAGE_ORDER": "hf_cache",
-    }
-
-
-async def start(env: dict[str, str], *args: str, **more) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "hfms_cli", "models", *args),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=env,
-        cwd=env["HOME"],
-        **more,
-    )
-
-
-async def hfms(env: dict[str, str], *args: str, **more) -> tuple[int, str, str]:
-    """Exit status, output and errors of one `hfms models ...`."""
-    process = await start(env, *args, **more)
-    out, err = await asyncio.wait_for(process.communicate(), 120)
-    return process.returncode, out.decode(), err.decode()
 
 
 def whole_blocks_sent(hub: Hub, path: str) -> Counter[int]:
