@@ -261,6 +261,7 @@ class Engine(Protocol):
     An engine may also have
     - `quantizes`: which of `int8` and `int4` it can make of a model's weights; without it, it is asked for neither;
     - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
+    - `footprint(request) -> Footprint`: what its estimate is made of;
     - `leftovers() -> Iterable[Leftover]`: what it keeps on this disk and does not need any more;
     - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models
       tune` found is measured anew. Options named `threads`, `max_batch` and `prefill_tokens` are tuned by these names.

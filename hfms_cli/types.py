@@ -21,6 +21,7 @@ __all__ = [
     "Chunk",
     "Conversation",
     "Device",
+    "Footprint",
     "Leftover",
     "LoadedInfo",
     "Manifest",
@@ -377,6 +378,20 @@ class Device(Struct, frozen=True, kw_only=True):
     def memory(self) -> str:
         """Whose memory a model on this device takes. Devices that name the same one share it."""
         return self.shares or self.id
+
+
+class Footprint(Struct, frozen=True):
+    """What a model takes of a device's memory, in bytes."""
+
+    weights: int
+    cache: int
+    """For keys and values."""
+    work: int
+    """The process with its libraries, and the most that a pass takes beside the rest."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
 
 
 class Probe(Struct, frozen=True):

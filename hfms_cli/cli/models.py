@@ -1,6 +1,6 @@
 """`hfms models`: the models on this disk (list, pull, show, rm), and those of a running server (load, unload, ps).
 
-Verbs of other modules join them: `keep.py` (verify, gc, pin, unpin) and `tune.py`.
+Verbs of other modules join them: `plan.py`, `keep.py` (verify, gc, pin, unpin) and `tune.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hfms_cli.cli.discover import discover as discover_models
 from hfms_cli.cli.keep import Force, gc, pin, router_for, unpin, verify
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
+from hfms_cli.cli.plan import plan
 from hfms_cli.cli.progress import pulling
 from hfms_cli.cli.tune import tune
 from hfms_cli.config import load_config
@@ -103,6 +104,7 @@ def rm(name: ModelArgument, force: Force = False, config: ConfigFile = None, as_
     typer.echo(printable(f"deleted {manifest.name} ({human_bytes(manifest.size)}, {manifest.storage})"))
 
 
+app.command()(plan)
 app.command()(verify)
 app.command()(gc)
 app.command()(pin)

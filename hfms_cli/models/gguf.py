@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from hfms_cli.errors import LoadFailed
 
-__all__ = ["GgufHeader", "read_gguf"]
+__all__ = ["GgufHeader", "NeedsMore", "read_gguf"]
 
 # Vocabularies are the longest thing in a header: a quarter of a million tokens take 10 MB.
 LONGEST_HEADER = 128 * 2**20
@@ -42,6 +42,10 @@ TENSOR_TYPES = {
 # fmt: on
 
 
+class NeedsMore(Exception):
+    """The header goes on behind what is known of the file."""
+
+
 class GgufHeader(NamedTuple):
     """What a GGUF file says of itself. Arrays, and texts of more than 64 KB, are left out of `values`."""
 
@@ -66,21 +70,25 @@ class GgufHeader(NamedTuple):
         return found if isinstance(found, int) and found > 0 else 0
 
 
-def read_gguf(path: Path) -> GgufHeader:
-    """Read the header and nothing else. Raises LoadFailed where the file is none, is torn, or lies."""
+def read_gguf(path: Path, *, known: int | None = None) -> GgufHeader:
+    """Read the header and nothing else. Raises LoadFailed where the file is none, is torn, or lies.
+
+    known: how many of its bytes are there, the rest being holes; NeedsMore is raised where the header goes on there.
+    """
     try:
         with path.open("rb") as file:
-            return _Reader(file, path.name).header()
+            return _Reader(file, path.name, known).header()
     except OSError as exc:
         raise LoadFailed(f"`{path.name}` cannot be read: {exc.strerror}.") from exc
 
 
 class _Reader:
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BinaryIO, name: str, known: int | None) -> None:
         self.file = file
         self.name = name
         self.size = os.fstat(file.fileno()).st_size
         self.end = min(self.size, LONGEST_HEADER)
+        self.known = self.size if known is None else known
         self.seen = bytearray()
         self.at = 0
 
@@ -92,6 +100,8 @@ class _Reader:
         start, self.at = self.at, self.at + count
         if self.at > self.end:
             raise self.torn("it ends within its header" if self.end == self.size else "its header is too long")
+        if self.at > self.known:
+            raise NeedsMore
         while len(self.seen) < self.at:
             more = self.file.read(min(max(_READ, self.at - len(self.seen)), self.end - len(self.seen)))
             if not more:

@@ -22,6 +22,7 @@ from hfms_cli import (
     Device,
     DoesNotFit,
     EngineFault,
+    Footprint,
     HfmsError,
     LoadedInfo,
     LoadFailed,
@@ -112,9 +113,12 @@ class Embeddings:
         return None
 
     def estimate(self, request: LoadRequest) -> int:
+        return self.footprint(request).total
+
+    def footprint(self, request: LoadRequest) -> Footprint:
         card, width = request.card, WIDTH[_dtype(request)]
         weights = card.parameters * width or card.weights_bytes * width // WIDTH.get(card.dtype, width)
-        return weights + self._options.tokens_on(request.device) * TOKEN_BYTES + PROCESS_BYTES
+        return Footprint(weights, 0, self._options.tokens_on(request.device) * TOKEN_BYTES + PROCESS_BYTES)
 
     def load(self, request: LoadRequest) -> EmbeddingModel:
         import torch

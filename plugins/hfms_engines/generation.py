@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfms_cli import Device, LoadedInfo, LoadRequest, ModelCard, Task, setting
+from hfms_cli import Device, Footprint, LoadedInfo, LoadRequest, ModelCard, Task, setting
 from hfms_engines.machine import missing_packages
-from hfms_engines.memory import cache_bytes, torch_bytes
 from hfms_engines.text import template_text
+from hfms_engines.memory import cache_bytes, footprint, torch_bytes, torch_weights
 
 if TYPE_CHECKING:
     from hfms_engines.slots import SlotScheduler
@@ -84,8 +84,11 @@ class GenerationEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
+        return self.footprint(request).total
+
+    def footprint(self, request: LoadRequest) -> Footprint:
         held = torch_bytes(request)
-        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
+        return footprint(torch_weights(request), held, cache_bytes(request, self.options.kv_cache_bytes, held))
 
     def load(self, request: LoadRequest) -> SlotScheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""

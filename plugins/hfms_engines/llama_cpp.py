@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfms_cli import Device, DoesNotFit, LoadRequest, ModelCard, Task, setting
+from hfms_cli import Device, DoesNotFit, Footprint, LoadRequest, ModelCard, Task, setting
 
 if TYPE_CHECKING:
     from hfms_engines.llama_cpp_runner import LlamaCpp
@@ -70,8 +70,11 @@ class LlamaCppEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
+        return self.footprint(request).total
+
+    def footprint(self, request: LoadRequest) -> Footprint:
         cache = cache_tokens(request, self.options) * request.card.token_cache_bytes
-        return request.card.weights_bytes + cache + WORKING_BYTES
+        return Footprint(request.card.weights_bytes, cache, WORKING_BYTES)
 
     def load(self, request: LoadRequest) -> LlamaCpp:
         """Raises LoadFailed and DoesNotFit."""

@@ -13,7 +13,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from hfms_cli import LoadRequest, ModelCard
+from hfms_cli import Footprint, LoadRequest, ModelCard
 
 MIB = 2**20
 TORCH_PROCESS = 408 * MIB
@@ -38,21 +38,35 @@ def cache_bytes(request: LoadRequest, asked: int, held: int) -> int:
     return asked or max(0, int((request.device.free_bytes - held) * CACHE_SHARE))
 
 
+def footprint(weights: int, held: int, cache: int) -> Footprint:
+    """held: bytes beside keys and values, the weights among them."""
+    return Footprint(weights, cache, held - weights)
+
+
 def torch_bytes(request: LoadRequest) -> int:
     """Bytes that the torch engine holds beside keys and values."""
+    on_cpu = request.device.torch_device in (None, "cpu")
+    return torch_weights(request) + (TORCH_PROCESS + _build_bytes() if on_cpu else ON_GPU)
+
+
+def torch_weights(request: LoadRequest) -> int:
+    """Bytes of the weights as torch holds them."""
     on_cpu = request.device.torch_device in (None, "cpu")
     unpacked = request.card.format == "gguf"
     dtype = request.dtype
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16" if unpacked else request.card.dtype
     weights = parameters(request.card) * (4 if dtype == "float32" else 2)
-    if not on_cpu:
-        return weights + ON_GPU
-    return int(weights * (1.0 if dtype == "float32" else _TORCH_HALF)) + TORCH_PROCESS + _build_bytes()
+    return int(weights * _TORCH_HALF) if on_cpu and dtype != "float32" else weights
 
 
 def openvino_bytes(request: LoadRequest, quantize: str) -> int:
-    """Bytes that the openvino engine holds beside keys and values.
+    """Bytes that the openvino engine holds beside keys and values."""
+    return openvino_weights(request, quantize) + OPENVINO_PROCESS + _build_bytes()
+
+
+def openvino_weights(request: LoadRequest, quantize: str) -> int:
+    """Bytes of the weights as OpenVINO holds them.
 
     A conversion is mapped into memory, and its weights are laid out once more as the processor wants them.
     """
@@ -62,7 +76,7 @@ def openvino_bytes(request: LoadRequest, quantize: str) -> int:
     # What was a GGUF is kept in two bytes; other weights of two bytes are mapped and spread out to four.
     mapped = small or (2 if request.card.format == "gguf" else 4)
     laid_out = small or (2 if half else 4)
-    return int(count * (mapped + laid_out * _OPENVINO_LAYOUTS)) + OPENVINO_PROCESS + _build_bytes()
+    return int(count * (mapped + laid_out * _OPENVINO_LAYOUTS))
 
 
 def parameters(card: ModelCard) -> int:

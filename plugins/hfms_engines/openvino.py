@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from hfms_cli import Device, Leftover, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
+from hfms_cli import Device, Footprint, Leftover, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
 from hfms_engines.conversion import TEXTS, converted, folder_of, leftovers, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
-from hfms_engines.memory import cache_bytes, openvino_bytes
 from hfms_engines.text import template_text
+from hfms_engines.memory import cache_bytes, footprint, openvino_bytes, openvino_weights
 
 if TYPE_CHECKING:
     from hfms_engines.openvino_export import Made
@@ -95,8 +95,13 @@ class OpenVinoEngine:
 
     def estimate(self, request: LoadRequest) -> int:
         """Bytes for weights, keys and values, and work."""
-        held = openvino_bytes(request, self._quantize(request))
-        return held + cache_bytes(request, self.options.kv_cache_bytes, held)
+        return self.footprint(request).total
+
+    def footprint(self, request: LoadRequest) -> Footprint:
+        quantize = self._quantize(request)
+        held = openvino_bytes(request, quantize)
+        weights = openvino_weights(request, quantize)
+        return footprint(weights, held, cache_bytes(request, self.options.kv_cache_bytes, held))
 
     def quality(self, folder: Path) -> dict[Quantize, Quality]:
         """What quantisation has cost a model, for each that has been made of it."""

@@ -46,7 +46,7 @@ from hfms_cli import (
     setting,
 )
 from hfms_storage.blocks import BlockFolder, beside
-from hfms_storage.hub_download import Blob, Download, Stopped, locked, refuse_what_does_not_fit
+from hfms_storage.hub_download import Blob, Download, Stopped, locked, read_part, refuse_what_does_not_fit
 from hfms_storage.partial import SUFFIX
 
 if TYPE_CHECKING:
@@ -140,6 +140,20 @@ class HfCache(BlockFolder):
 
     async def remove(self, manifest: Manifest) -> None:
         await asyncio.to_thread(self._remove, manifest)
+
+    async def peek(self, manifest: Manifest, path: str, first: int, count: int) -> bytes:
+        """Some bytes of a file, which is not fetched for that; unproven, as no hash is of a part."""
+        repo = manifest.name.rest.partition(":")[0]
+        (file,) = (f for f in manifest.files if f.path == path)
+        hub = _Repository(self._api, repo, manifest.revision)
+
+        def read() -> bytes:
+            try:
+                return read_part(hub, _blob(file), first, count)
+            except Exception as exc:
+                raise _explained(exc, repo) from exc
+
+        return await asyncio.to_thread(read)
 
     async def discard(self, manifest: Manifest, paths: Sequence[str]) -> None:
         """Delete files of a model, and the blobs that they are."""

@@ -225,24 +225,16 @@ class Download:
 
     def _try(self, f: Fetching, piece: int) -> None:
         """Read a piece, or as much of it as comes."""
-        from huggingface_hub import constants, get_session, hf_raise_for_status
-
         self._go_on()
         if f.address is None:
             f.address = self._hub.address(f.blob.path)
-        asked, source, size = f.address
+        size = f.address[2]
         if size not in (None, f.blob.size):
             raise VerifyFailed(f"The Hub says that `{f.blob.path}` has {size:,} bytes, and lists {f.blob.size:,}.")
-        headers = dict(self._hub.headers) | {"Accept-Encoding": "identity"}
-        if urlsplit(asked)[:2] != urlsplit(source)[:2]:
-            headers.pop("authorization", None)  # that other host has signed the address instead
         first, left = f.partial.next(piece), f.partial.left(piece)
         in_part = left < f.blob.size and f.ranges is not False
-        if in_part:
-            headers["Range"] = f"bytes={first}-{first + left - 1}"
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", source, headers=headers, timeout=timeout, follow_redirects=True) as response:
-            hf_raise_for_status(response)
+        part = f"bytes={first}-{first + left - 1}" if in_part else None
+        with _asking(self._hub, f.address, part) as response:
             if in_part and response.status_code == 206:
                 _check_range(response, f.blob, first, left)
                 self._answered(f, ranges=True)
@@ -293,6 +285,37 @@ class Download:
             raise VerifyFailed(f"What the Hub sent as `{blob.path}` is not that file; it was deleted. Try again.")
         f.partial.finish(self._folder / blob.name)
         return blob.name
+
+
+def read_part(hub: Hub, blob: Blob, first: int, count: int) -> bytes:
+    """Some bytes of a file, by one request. Raises VerifyFailed, and what huggingface_hub and its client raise."""
+    asked = hub.address(blob.path)
+    found = bytearray()
+    with _asking(hub, asked, f"bytes={first}-{first + count - 1}") as response:
+        if response.status_code == 206:
+            _check_range(response, blob, first, count)
+        skip = 0 if response.status_code == 206 else first
+        for data in response.iter_raw():
+            found += data[skip:]
+            skip = max(0, skip - len(data))
+            if len(found) >= count:
+                return bytes(found[:count])
+    raise VerifyFailed(f"The Hub sent `{blob.path}` in part and no more.")
+
+
+@contextmanager
+def _asking(hub: Hub, address: tuple[str, str, int | None], part: str | None) -> Iterator[httpx2.Response]:
+    """What the source of a file answers, its status looked at."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+
+    asked, source, _ = address
+    headers = dict(hub.headers) | {"Accept-Encoding": "identity"} | ({"Range": part} if part else {})
+    if urlsplit(asked)[:2] != urlsplit(source)[:2]:
+        headers.pop("authorization", None)  # that other host has signed the address instead
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", source, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        yield response
 
 
 def _check_range(response: httpx2.Response, blob: Blob, first: int, count: int) -> None:
