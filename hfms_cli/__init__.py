@@ -48,7 +48,7 @@ from hfms_cli.hookspecs import (
     hookimpl,
     report_nothing,
 )
-from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag
+from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag, no_model
 from hfms_cli.settings import setting
 from hfms_cli.types import (
     PRIORITIES,
@@ -193,7 +193,11 @@ __all__ = [
     "hookimpl",
     "load_config",
     "local_url",
+<<<<<<< HEAD
     "operation",
+=======
+    "no_model",
+>>>>>>> e06f609 (A repository that holds only a format which no engine takes says which)
     "parse",
     "parse_fields",
     "print_json",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag"]
+__all__ = ["PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "no_model"]
 
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -22,7 +22,17 @@ _FOLDERS = re.compile(r"(?:(?:\d+_\w+|additional_chat_templates)/)?[^/]+")
 _PART = re.compile(r"(.*)-\d{5}-of-\d{5}")
 _QUANT = re.compile(r"(?:^|[-_./])((?:UD-)?(?:IQ|TQ|Q)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
 _NO_GGUF = re.compile(r"(.*/)?(mmproj|imatrix)[^/]*|.*imatrix\.gguf", re.IGNORECASE)
-_NO_PICKLE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*")
+_NO_PICKLE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|openvino_)[^/]*")
+# Formats that no engine takes.
+_FOREIGN = {
+    re.compile(r"(.*/)?openvino_[^/]*\.xml"): "OpenVINO's (hfms makes its own of the original weights)",
+    re.compile(r".*\.onnx"): "ONNX",
+    re.compile(r".*\.(h5|tflite)|(.*/)?saved_model\.pb"): "TensorFlow's",
+    re.compile(r".*\.msgpack"): "Flax's",
+    re.compile(r".*\.(mlmodel|mlpackage/.*)"): "Core ML's",
+    re.compile(r".*\.(engine|plan)"): "TensorRT's",
+    re.compile(r".*\.(ckpt|pkl|pickle|joblib|npz)"): "of pickles that no engine reads",
+}
 
 
 class SeveralModels(Exception):
@@ -51,6 +61,14 @@ def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
     if not quant and (pickles := _pickles(near, base)):
         return tuple(sorted({*side, *pickles}))
     return ()
+
+
+def no_model(paths: Iterable[str]) -> str:
+    """Why `choose` found nothing, to go on after a name: `holds no model ...`."""
+    found = list(paths)
+    foreign = [format for pattern, format in _FOREIGN.items() if any(map(pattern.fullmatch, found))]
+    here = f"; its weights are {' and '.join(foreign)}. Name the repository that they were made from" if foreign else ""
+    return f"holds no model in a format that hfms reads: safetensors beside a `config.json`, or GGUF{here}."
 
 
 def gguf_models(paths: Iterable[str]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfms_cli.model_files import SeveralModels, choose, gguf_models, gguf_tag
+from hfms_cli.model_files import SeveralModels, choose, gguf_models, gguf_tag, no_model
 
 SIDE = [
     "config.json",
@@ -135,3 +135,23 @@ def test_only_what_there_is_can_be_chosen_and_never_code_or_a_mix_with_pickles(p
 
 def test_parts_of_a_gguf_model_are_one_model():
     assert gguf_models(GGUFS)["m-BF16"] == ["m-BF16-00001-of-00002.gguf", "m-BF16-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO's"),
+        (["onnx/model.onnx", "onnx/model_q4.onnx"], "ONNX"),
+        (["tf_model.h5"], "TensorFlow's"),
+        (["flax_model.msgpack"], "Flax's"),
+        (["model.ckpt"], "of pickles that no engine reads"),
+        (["tf_model.h5", "flax_model.msgpack"], "TensorFlow's and Flax's"),
+    ],
+)
+def test_weights_of_another_format_are_never_taken_and_the_reason_names_it(weights, told):
+    assert choose([*SIDE, *weights]) == ()
+    assert f"its weights are {told}" in no_model([*SIDE, *weights])
+
+
+def test_a_repository_without_weights_blames_no_format():
+    assert "weights are" not in no_model(["README.md", "config.json"])

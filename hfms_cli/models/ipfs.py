@@ -22,7 +22,7 @@ import structlog
 from hfms_cli.errors import BadRequest, FetchFailed, ModelNotFound
 from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
-from hfms_cli.model_files import SeveralModels, choose, gguf_models
+from hfms_cli.model_files import SeveralModels, choose, gguf_models, no_model
 from hfms_cli.models.content import Content
 from hfms_cli.types import Leftover, Manifest, ModelFile, ModelName
 
@@ -175,7 +175,7 @@ async def _choose(fetch: Fetch, cid: Cid, name: ModelName) -> dict[str, Entry]:
         models = ", ".join(f"`ipfs://{found[p[0]].cid}` ({p[0]})" for p in parts if len(p) == 1)
         raise BadRequest(f"`{name}` holds several models; name one: {models}.", param="model") from exc
     if not chosen:
-        raise ModelNotFound(f"`{name}` holds no model in a format that hfms reads.", param="model")
+        raise ModelNotFound(f"`{name}` {no_model(found)}", param="model")
     return {path: found[path] for path in chosen}
 
 

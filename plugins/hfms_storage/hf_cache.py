@@ -43,6 +43,7 @@ from hfms_cli import (
     choose,
     gguf_models,
     gguf_tag,
+    no_model,
     setting,
 )
 from hfms_storage.blocks import BlockFolder, beside
@@ -275,7 +276,7 @@ class HfCache(BlockFolder):
             choices = ", ".join(f"`{repo}:{tag}`" for tag in dict.fromkeys(map(gguf_tag, models)))
             raise BadRequest(f"Which GGUF model of `{repo}`? Name one: {choices}.", param="model")
         if not chosen:
-            raise ModelNotFound(f"`{repo}` holds no model in a format that hfms reads.", param="model")
+            raise ModelNotFound(f"`{repo}` {no_model(paths)}", param="model")
         return chosen
 
     def _fetch(self, manifest: Manifest, watch: Watch, stop: threading.Event) -> Path:

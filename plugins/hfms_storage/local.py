@@ -17,6 +17,7 @@ from hfms_cli import (
     SeveralModels,
     choose,
     gguf_models,
+    no_model,
 )
 
 
@@ -46,7 +47,8 @@ class Local:
     def _look(self, name: ModelName) -> Manifest | None:
         path = Path(name.rest)
         try:
-            folder, paths = (path.parent, _gguf(path)) if path.is_file() else (path, choose(_paths(path)))
+            there = [] if path.is_file() else _paths(path)
+            folder, paths = (path.parent, _gguf(path)) if path.is_file() else (path, choose(there))
             stats = [(p, (folder / p).stat()) for p in paths]
         except SeveralModels as exc:
             models = ", ".join(f"`{path}/{m}.gguf`" for m in exc.models)
@@ -54,10 +56,7 @@ class Local:
         except OSError as exc:
             raise ModelNotFound(f"`{path}` cannot be read: {exc.strerror}.", param="model") from exc
         if not paths:
-            raise ModelNotFound(
-                f"`{path}` holds no model: neither `config.json` with `*.safetensors` nor a `*.gguf` file.",
-                param="model",
-            )
+            raise ModelNotFound(f"`{path}` {no_model(there)}", param="model")
         told = "".join(f"{p}\0{s.st_size}\0{s.st_mtime_ns}\n" for p, s in stats)
         return Manifest(
             name=name,
