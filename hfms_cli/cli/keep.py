@@ -1,4 +1,4 @@
-"""`hfms models verify|gc|pin|unpin`: look after the models on this disk."""
+"""`hfms models verify|gc|pin|unpin|alias`: look after the models on this disk."""
 
 from __future__ import annotations
 
@@ -160,6 +160,33 @@ def unpin(name: ModelArgument, config: ConfigFile = None) -> None:
 
     _pins(config).remove(names.parse(name))
     typer.echo(printable(f"unpinned {name}"))
+
+
+def alias(
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="None: list all.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="What it is to stand for.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a model one more name. A running server takes it at once; those of hfms.toml stay as they are there."""
+    from hfms_cli.models.aliases import Aliases
+
+    settings = load_config(config)
+    aliases = Aliases(settings.models.aliases, settings.state_dir)
+    if remove and alias and not model:
+        aliases.remove(alias)
+    elif alias and model and not remove:
+        aliases.add(alias, model)
+    elif remove or alias:
+        raise typer.BadParameter("name the alias and the model, or the alias and --remove, or nothing for a list")
+    if as_json:
+        print_json(dict(aliases))
+    elif alias:
+        typer.echo(printable(f"removed {alias}" if remove else f"{alias} stands for {aliases[alias]}"))
+    else:
+        origin = {name: "hfms.toml" if name in aliases.configured else "alias" for name in aliases}
+        print_table(["ALIAS", "MODEL", "FROM"], [[a, m, origin[a]] for a, m in sorted(aliases.items())])
 
 
 def router_for(config: Path | None) -> Router:

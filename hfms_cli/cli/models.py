@@ -1,6 +1,6 @@
 """`hfms models`: the models on this disk (list, pull, show, rm), and those of a running server (load, unload, ps).
 
-Verbs of other modules join them: `plan.py`, `keep.py` (verify, gc, pin, unpin) and `tune.py`.
+Verbs of other modules join them: `plan.py`, `keep.py` (verify, gc, pin, unpin, alias) and `tune.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec import to_builtins
 
 from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_url
 from hfms_cli.cli.discover import discover as discover_models
-from hfms_cli.cli.keep import Force, gc, pin, router_for, unpin, verify
+from hfms_cli.cli.keep import Force, alias, gc, pin, router_for, unpin, verify
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
 from hfms_cli.cli.plan import plan
@@ -109,6 +109,7 @@ app.command()(verify)
 app.command()(gc)
 app.command()(pin)
 app.command()(unpin)
+app.command()(alias)
 app.command()(tune)
 app.command()(discover_models)
 

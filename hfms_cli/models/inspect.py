@@ -30,7 +30,7 @@ LONGEST_HEADER = 100_000_000  # of a safetensors file; its own library's limit
 
 PICKLES = (".bin", ".pt", ".pth")
 # What a training run leaves beside a model.
-_LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*")
+_LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|openvino_)[^/]*")
 
 GENERATES = ("ForCausalLM", "LMHeadModel")
 # fmt: off

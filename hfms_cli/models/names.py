@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from hfms_cli.errors import BadRequest
 from hfms_cli.types import ModelName
 
-__all__ = ["parse", "served_id"]
+__all__ = ["check", "parse", "served_id"]
 
 LONGEST = 512
 
@@ -34,7 +34,7 @@ _REVISION = re.compile(r"[^-/\s~^:?*\[\\][^\s~^:?*\[\\]*")
 
 def parse(text: str) -> ModelName:
     """Take a name apart. Paths become absolute. Raises BadRequest (`param` is `model`)."""
-    _check(text)
+    check(text)
     if _is_path(text):
         return ModelName("path", _path(text))
     head, at, revision = text.partition("@")
@@ -53,7 +53,8 @@ def served_id(name: ModelName) -> str:
     return (path.stem if path.suffix == ".gguf" else path.name) or name.rest
 
 
-def _check(text: str) -> None:
+def check(text: str) -> None:
+    """Refuse what can be no name of anything. Raises BadRequest (`param` is `model`)."""
     if not text:
         raise _bad("is empty")
     if len(text) > LONGEST:
@@ -77,7 +78,7 @@ def _path(text: str) -> str:
             path = path.resolve()  # so that the last part names the model
     except (OSError, RuntimeError):  # no such user, a loop of links, or a folder that is gone
         raise _bad(f"`{text}` is a path that leads nowhere") from None
-    _check(str(path))
+    check(str(path))
     return str(path)
 
 

@@ -14,6 +14,7 @@ import psutil
 from hfms_cli.config import Config
 from hfms_cli.errors import ConfigError, Unavailable
 from hfms_cli.hookspecs import Hardware, Middleware
+from hfms_cli.models.aliases import Aliases
 from hfms_cli.models.catalogue import Catalogue
 from hfms_cli.models.loader import Loader
 from hfms_cli.models.pool import Keeping, Pool, describe
@@ -109,7 +110,7 @@ class Runtime:
                 forced={} if config.engine.batching else _one_at_a_time(config, plugins),
             ),
             _keeping(config, middlewares),
-            aliases=config.models.aliases,
+            aliases=Aliases(config.models.aliases, config.state_dir),
             catalogue=catalogue,
             on_loaded=lambda r: metrics.load_duration.labels(r.model).observe(r.load_seconds),
             on_unloaded=lambda model, why: metrics.unloads.labels(model.id, why).inc(),
