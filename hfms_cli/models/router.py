@@ -122,13 +122,13 @@ class Router:
 
         force: also one that is pinned. Raises ModelNotFound, BadRequest, and Conflict where it is pinned.
         """
-        manifest, storage = await self.on_disk(name)
+        manifest, storage = await self.kept(name)
         if not force and self.pins is not None and self.pins.keeps(manifest.name, manifest.revision):
             raise Conflict(f"`{manifest.name}` is pinned: `hfms models unpin {manifest.name}` first, or add --force.")
         await self._ask(storage, "remove", storage.remove(manifest))
         return manifest
 
-    async def on_disk(self, name: ModelName) -> tuple[Manifest, Storage]:
+    async def kept(self, name: ModelName) -> tuple[Manifest, Storage]:
         """The one model on this disk that the name means. Raises ModelNotFound, BadRequest."""
         there = await self.list()
         found = [m for m in there if stands_for(name, m)]
@@ -153,7 +153,7 @@ class Router:
         if name.scheme == "path":
             manifest, storage = await self.find(name)
         else:
-            manifest, storage = await self.on_disk(name)
+            manifest, storage = await self.kept(name)
         folder = await self._ask(storage, "fetch", storage.fetch(manifest, lambda done, total: None))
         bad = await self._ask(storage, "verify", examine(manifest, folder, force=True, progress=progress))
         if bad and repair:

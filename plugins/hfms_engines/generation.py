@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from hfms_cli import Device, Footprint, LoadedInfo, LoadRequest, ModelCard, Task, setting
 from hfms_engines.machine import missing_packages
-from hfms_engines.text import template_text
 from hfms_engines.memory import cache_bytes, footprint, torch_bytes, torch_weights
+from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.slots import SlotScheduler

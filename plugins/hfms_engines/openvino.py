@@ -15,8 +15,8 @@ from hfms_cli import Device, Footprint, Leftover, LoadedInfo, LoadRequest, Model
 from hfms_engines.conversion import TEXTS, converted, folder_of, leftovers, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
-from hfms_engines.text import template_text
 from hfms_engines.memory import cache_bytes, footprint, openvino_bytes, openvino_weights
+from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.openvino_export import Made
