@@ -16,6 +16,7 @@ LARGE = (".safetensors", ".gguf", ".bin", ".pt")
 """Kept as LFS files: known by their SHA-256, and served from another place by a redirect."""
 
 
+AT_ONCE = 2**20
 BIT = 2**16
 """Bytes that go out at once where that is watched."""
 
@@ -184,7 +185,9 @@ class Hub:
             raw = bytes(255 - b for b in raw)
         asked = slice(None) if self.rangeless else request.http_range
         first, end, _ = asked.indices(len(raw))
-        rest = raw[first : end - self.less.get(path, 0)] + self.more.get(path, b"")
+        rest = memoryview(raw)[first : end - self.less.get(path, 0)]  # a copy would cost more than the sending
+        if path in self.more:
+            rest = memoryview(bytes(rest) + self.more[path])
         in_part = "Range" in request.headers and not self.rangeless
         response = web.StreamResponse(status=206 if in_part else 200, headers=headers)
         if path in self.more or path in self.less:
@@ -209,7 +212,8 @@ class Hub:
             await response.write(rest[: len(rest) // 2])
             await self.held[path].wait()
             rest = rest[len(rest) // 2 :]
-        await response.write(rest)
+        for at in range(0, len(rest), AT_ONCE):  # a transport takes long over much at once
+            await response.write(rest[at : at + AT_ONCE])
         await response.write_eof()
         return response
 
