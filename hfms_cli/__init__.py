@@ -193,11 +193,8 @@ __all__ = [
     "hookimpl",
     "load_config",
     "local_url",
-<<<<<<< HEAD
-    "operation",
-=======
     "no_model",
->>>>>>> e06f609 (A repository that holds only a format which no engine takes says which)
+    "operation",
     "parse",
     "parse_fields",
     "print_json",
