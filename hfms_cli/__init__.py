@@ -46,6 +46,7 @@ from hfms_cli.hookspecs import (
     Watch,
     exchange,
     hookimpl,
+    in_owner,
     report_nothing,
 )
 from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag, no_model
@@ -191,6 +192,7 @@ __all__ = [
     "gguf_models",
     "gguf_tag",
     "hookimpl",
+    "in_owner",
     "load_config",
     "local_url",
     "no_model",

@@ -1,4 +1,4 @@
-"""A front's side of `workers = N`: the road of this process, on models that the owner has."""
+"""A front's side of `workers = N`: its road leads to the owner, and there through the middlewares to the models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from hfms_cli.config import Config
-from hfms_cli.errors import HfmsError, Unavailable
-from hfms_cli.hookspecs import Middleware
+from hfms_cli.engines.wire import Fault
+from hfms_cli.errors import Unavailable
+from hfms_cli.hookspecs import Middleware, exchange
 from hfms_cli.models.pool import ANYBODY
 from hfms_cli.plugins import Plugins
 from hfms_cli.serving import frames
@@ -19,37 +20,61 @@ from hfms_cli.serving.road import Road
 from hfms_cli.telemetry.metrics import Metrics
 from hfms_cli.types import Call, Caller, Chunk
 
-Heard = frames.Leased | Chunk | HfmsError | None
+
+class Conversation:
+    """What the owner says under one number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.over = False
+        """The last word was heard."""
+        self._heard: asyncio.Queue[frames.Say] = asyncio.Queue()
+
+    def tell(self, word: frames.Say) -> None:
+        self._heard.put_nowait(word)
+
+    async def hear(self) -> frames.Say:
+        """The next word. Raises what went wrong."""
+        word = await self._heard.get()
+        self.over = word.chunk is None and word.leased is None
+        if word.answer is not None:
+            exchange().answer.update(frames.headers_sent(word.answer))
+        if word.fault is not None:
+            raise word.fault.error()
+        return word
+
+    @property
+    def more(self) -> bool:
+        """Whether the next word is here already."""
+        return not self._heard.empty()
 
 
 class LeasedModel:
-    """A model of the owner's, as the road knows it."""
+    """A model of the owner's, as the road knows it. It answers one call."""
 
-    def __init__(self, pool: OwnersPool, leased: frames.Leased) -> None:
-        self.id, self.digest, self.info = leased.model, leased.digest, leased.info
-        self.weights = leased.weights
-        self._pool = pool
-        self._lease = leased.number
+    def __init__(self, owner: Owner, conversation: Conversation, leased: frames.Leased) -> None:
+        self.id, self.digest, self.weights, self.info = leased.id, leased.digest, leased.weights, leased.info
+        self._owner = owner
+        self._conversation = conversation
 
     async def submit(self, call: Call) -> AsyncIterator[Chunk]:
-        """As an engine's own."""
-        with self._pool.conversation() as (number, heard):
-            self._pool.send(frames.Ask(number, self._lease, call))
-            while outcome := await heard.get():
-                if isinstance(outcome, HfmsError):
-                    raise outcome
-                assert isinstance(outcome, Chunk)
-                outcome.more = not heard.empty()
-                yield outcome
+        """As an engine's own, with the middlewares around it."""
+        conversation, asked, answer = self._conversation, exchange().asked, exchange().answer
+        self._owner.send(
+            frames.Ask(conversation.number, call, frames.headers_to_send(asked), frames.headers_to_send(answer))
+        )
+        while (chunk := (await conversation.hear()).chunk) is not None:
+            chunk.more = conversation.more
+            yield chunk
 
 
-class OwnersPool:
-    """The owner's models, leased over the socket that came with this process."""
+class Owner:
+    """The owner, as a front sees it, over the socket that came with this process."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._numbers = itertools.count()
-        self._conversations: dict[int, asyncio.Queue[Heard]] = {}
+        self._conversations: dict[int, Conversation] = {}
         self._seen: dict[str, LeasedModel] = {}
         self._gone = False
 
@@ -60,27 +85,34 @@ class OwnersPool:
     @contextlib.asynccontextmanager
     async def lease(self, name: str, caller: Caller = ANYBODY) -> AsyncIterator[LeasedModel]:
         """As the owner's own `Pool.lease`, in all that it raises too."""
-        with self.conversation() as (number, heard):
-            self.send(frames.Lease(number, name, caller))
-            first = await heard.get()
-            if isinstance(first, HfmsError):
-                raise first
-            assert isinstance(first, frames.Leased)
-            self._seen[name] = model = LeasedModel(self, first)
+        with self._conversation() as conversation:
+            self.send(frames.Lease(conversation.number, name, caller))
+            leased = (await conversation.hear()).leased
+            assert leased is not None
+            self._seen[name] = model = LeasedModel(self, conversation, leased)
             yield model
 
+    async def ask(self, middleware: str, method: str, arguments: bytes) -> bytes:
+        """What a method of one of its middlewares returns, or raises: see `hookspecs.in_owner`."""
+        with self._conversation() as conversation:
+            self.send(frames.Question(conversation.number, middleware, method, arguments))
+            result = (await conversation.hear()).result
+            assert result is not None
+            return result
+
     @contextlib.contextmanager
-    def conversation(self) -> Iterator[tuple[int, asyncio.Queue[Heard]]]:
-        """A new number, and what the owner says under it until the block ends, and then no longer."""
+    def _conversation(self) -> Iterator[Conversation]:
+        """A new number, until the block ends; the owner is told where that comes before its last word."""
         if self._gone:
             raise owner_gone()
-        number, heard = next(self._numbers), asyncio.Queue[Heard]()
-        self._conversations[number] = heard
+        conversation = Conversation(next(self._numbers))
+        self._conversations[conversation.number] = conversation
         try:
-            yield number, heard
+            yield conversation
         finally:
-            del self._conversations[number]
-            self.send(frames.Leave(number))
+            del self._conversations[conversation.number]
+            if not conversation.over:
+                self.send(frames.Leave(conversation.number))
 
     def send(self, frame: frames.ToOwner) -> None:
         if not self._gone:
@@ -91,22 +123,17 @@ class OwnersPool:
         try:
             while True:
                 match frames.decode_for_front(await frames.read(self._reader)):
-                    case frames.Leased(number) as leased:
-                        self._tell(number, leased)
                     case frames.Said(words):
                         for word in words:
-                            self._tell(word.number, word.fault.error() if word.fault else word.chunk)
+                            if conversation := self._conversations.get(word.number):  # it may just have been left
+                                conversation.tell(word)
                     case frames.Count():
                         self.send(frames.Series(metrics.render()))
         except (asyncio.IncompleteReadError, ConnectionError):
             self._gone = True
             self._writer.close()
-            for heard in self._conversations.values():
-                heard.put_nowait(owner_gone())
-
-    def _tell(self, number: int, heard: Heard) -> None:
-        if queue := self._conversations.get(number):  # it may just have left
-            queue.put_nowait(heard)
+            for conversation in self._conversations.values():
+                conversation.tell(frames.Say(conversation.number, fault=Fault.of(owner_gone())))
 
 
 def owner_gone() -> Unavailable:
@@ -119,7 +146,8 @@ class FrontRuntime:
 
     config: Config
     middlewares: Sequence[Middleware]
-    pool: OwnersPool
+    """Those that stand around HTTP; what stands around calls does so in the owner."""
+    pool: Owner
     road: Road
     metrics: Metrics
 
@@ -127,12 +155,14 @@ class FrontRuntime:
     def build(
         cls, config: Config, plugins: Plugins, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> FrontRuntime:
-        middlewares = [plugins.create("middleware", name, config) for name in config.middleware.order]
-        metrics, pool = Metrics(), OwnersPool(reader, writer)
+        created = [plugins.create("middleware", name, config) for name in config.middleware.order]
+        middlewares = [m for m in created if type(m).http is not Middleware.http]
+        metrics, owner = Metrics(), Owner(reader, writer)
         for middleware in middlewares:
+            middleware.owner = owner.ask
             list(middleware.check(config))  # some open here what they need; the owner has told the warnings
             middleware.metrics(metrics.registry)
-        return cls(config, middlewares, pool, Road(pool, middlewares, metrics), metrics)
+        return cls(config, middlewares, owner, Road(owner, [], metrics), metrics)
 
     def admit(self) -> AbstractContextManager[None]:
         """The owner does that, when it leases a model."""

@@ -1,14 +1,15 @@
-"""The owner's side of `workers = N`: it starts the other fronts, and leases its models to them.
+"""The owner's side of `workers = N`: it starts the other fronts, and sees their calls through.
 
 The owner is the first process: it has the models and serves like any front. The others listen on the same port, and one
-that dies takes only its own connections with it. A call comes from a front as frames and goes to the engine from here,
-so leases, balancing, drains and unloads stay exact.
+that dies takes only its own connections with it. A call comes from a front as frames, and goes through the middlewares
+to the engine from here, so what they count is one truth, and leases, balancing, drains and unloads stay exact.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import socket
 import subprocess
 import sys
@@ -17,14 +18,15 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from multidict import CIMultiDict
 
 from hfms_cli.engines.wire import Fault
-from hfms_cli.errors import EngineFault, HfmsError
-from hfms_cli.models.pool import ServedModel
+from hfms_cli.errors import HfmsError
+from hfms_cli.hookspecs import InOwner, begin_exchange, exchange
 from hfms_cli.models.replica import LIFE_SECONDS, RESTART_PAUSES
 from hfms_cli.serving import frames
+from hfms_cli.serving.road import open_stretch
 from hfms_cli.telemetry.metrics import summed
-from hfms_cli.types import Call, Caller
 
 if TYPE_CHECKING:
     from hfms_cli.serving.runtime import Runtime
@@ -124,8 +126,9 @@ class Front:
         self._process = process
         self._reader, self._writer = reader, writer
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        """Of leases and calls, by their numbers."""
-        self._leased: dict[int, ServedModel] = {}
+        """Of calls and questions, by their numbers."""
+        self._leased: dict[int, asyncio.Future[frames.Ask]] = {}
+        """Calls that have their model, and are about to be asked."""
         self._words: list[frames.Say] = []
         self._counted = asyncio.Event()
 
@@ -151,10 +154,12 @@ class Front:
         try:
             while True:
                 match frames.decode_for_owner(await frames.read(self._reader)):
-                    case frames.Lease(number, model, caller):
-                        self._begin(number, self._lend(number, model, caller))
-                    case frames.Ask(number, lease, call):
-                        self._begin(number, self._answer(number, self._leased[lease], call))
+                    case frames.Lease(number) as lease:
+                        self._begin(number, self._answer(lease))
+                    case frames.Ask(number) as ask:
+                        self._leased[number].set_result(ask)
+                    case frames.Question(number) as question:
+                        self._begin(number, self._reply(question))
                     case frames.Leave(number):
                         if task := self._tasks.get(number):
                             task.cancel()
@@ -167,34 +172,48 @@ class Front:
             for task in self._tasks.values():
                 task.cancel()
 
-    def _begin(self, number: int, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks[number] = task = asyncio.create_task(self._tell_faults(number, work), name=f"for front {self.pid}")
+    def _begin(self, number: int, work: Coroutine[Any, Any, frames.Say]) -> None:
+        self._tasks[number] = task = asyncio.create_task(self._see_through(number, work), name=f"for front {self.pid}")
         task.add_done_callback(lambda _: self._tasks.pop(number))
 
-    async def _tell_faults(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+    async def _see_through(self, number: int, work: Coroutine[Any, Any, frames.Say]) -> None:
+        """Do it, and say the last word."""
         try:
-            await work
+            last = await work
         except HfmsError as exc:
-            self._say(frames.Say(number, fault=Fault.of(exc)))
+            last = frames.Say(number, fault=Fault.of(exc))
         except Exception:
             log.exception("call failed", front=self.pid)
-            self._say(frames.Say(number, fault=Fault.of(EngineFault("The server had an error while it answered."))))
+            error = HfmsError("The server had an error while processing your request.")
+            last = frames.Say(number, fault=Fault.of(error))
+        last.answer = frames.headers_to_send(exchange().answer) or None
+        self._say(last)
 
-    async def _lend(self, number: int, name: str, caller: Caller) -> None:
-        """Lease a model until the front leaves."""
-        with self._runtime.admit():
-            async with self._runtime.pool.lease(name, caller) as model:
-                self._leased[number] = model
+    async def _answer(self, lease: frames.Lease) -> frames.Say:
+        """A call: lend the model, and when the front has asked it, say the chunks."""
+        number, runtime = lease.number, self._runtime
+        with runtime.admit():
+            async with runtime.pool.lease(lease.model, lease.caller) as model, contextlib.AsyncExitStack() as opened:
+                asking = self._leased[number] = asyncio.get_running_loop().create_future()
+                self._say(frames.Say(number, leased=frames.Leased(model.id, model.digest, model.weights, model.info)))
                 try:
-                    self._send(frames.Leased(number, model.id, model.digest, model.info, model.weights))
-                    await asyncio.Event().wait()
+                    ask = await asking
                 finally:
                     del self._leased[number]
+                asked, answer = CIMultiDict(frames.headers_sent(ask.asked)), dict(frames.headers_sent(ask.answer))
+                begin_exchange(asked, answer)
+                told = False
+                async for chunk in open_stretch(opened, runtime.road.through(model), ask.call):
+                    headers = None if told else frames.headers_to_send(answer)
+                    self._say(frames.Say(number, chunk, answer=headers))
+                    told = True
+        return frames.Say(number)
 
-    async def _answer(self, number: int, model: ServedModel, call: Call) -> None:
-        async for chunk in model.submit(call):
-            self._say(frames.Say(number, chunk))
-        self._say(frames.Say(number))
+    async def _reply(self, question: frames.Question) -> frames.Say:
+        middleware = next(m for m in self._runtime.middlewares if m.name == question.middleware)
+        method = inspect.getattr_static(middleware, question.method)
+        assert isinstance(method, InOwner)
+        return frames.Say(question.number, result=await method.answer(middleware, question.arguments))
 
     def _say(self, word: frames.Say) -> None:
         """Whatever is said in one turn of the loop goes in one frame."""

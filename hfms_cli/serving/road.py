@@ -92,14 +92,14 @@ class Road:
             # An alias and the name behind it are one model to every middleware.
             call = msgspec.structs.replace(call, model=model.id, digest=model.digest, waited=waited)
             exchange().answer[RECEIPT] = receipt(model.weights, model.info, call)
-            chunks = _open(opened, self._chain(model), call)
+            chunks = open_stretch(opened, self.through(model), call)
             with self._metrics.call(model.id, self._clock) as measure:
                 async for chunk in chunks:
                     measure.chunk(chunk)
                     yield chunk
 
-    def _chain(self, model: Model) -> Proceed:
-        """Fold the middlewares around the engine, the first one outermost."""
+    def through(self, model: Model) -> Proceed:
+        """The rest of the road behind the lease: the middlewares around the engine, the first one outermost."""
         proceed: Proceed = model.submit
         for middleware in reversed(self._around_calls):
             proceed = partial(self._through, middleware, proceed)
@@ -112,7 +112,8 @@ class Road:
         """
         try:
             async with AsyncExitStack() as below, AsyncExitStack() as own:
-                chunks = _open(own, partial(middleware.call, proceed=partial(_open, below, proceed)), call)
+                further = partial(open_stretch, below, proceed)
+                chunks = open_stretch(own, partial(middleware.call, proceed=further), call)
                 async for chunk in chunks:
                     yield chunk
         except HfmsError:
@@ -132,7 +133,7 @@ class Road:
             )
 
 
-def _open(opened: AsyncExitStack, source: Proceed, call: Call) -> AsyncIterator[Chunk]:
+def open_stretch(opened: AsyncExitStack, source: Proceed, call: Call) -> AsyncIterator[Chunk]:
     """Open a stretch of the road, and see to it that it is closed as soon as the caller leaves.
 
     An abandoned async generator is otherwise closed when the collector finds it: too late for a batch slot.

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from hfms_cli.errors import BadRequest, ModelNotFound, Unavailable
-from hfms_cli.serving.front import OwnersPool
+from hfms_cli.serving.front import Owner
 from hfms_cli.serving.owner import Front
 from hfms_cli.telemetry.metrics import Metrics
 from hfms_cli.types import Call, Sampling
@@ -29,7 +29,7 @@ async def front_of(runtime):
     ours, theirs = socket.socketpair()
     process = await asyncio.create_subprocess_exec("true")
     owner = Front(runtime, process, *await asyncio.open_connection(sock=ours))
-    pool = OwnersPool(*await asyncio.open_connection(sock=theirs))
+    pool = Owner(*await asyncio.open_connection(sock=theirs))
     tasks = [asyncio.create_task(owner.serve()), asyncio.create_task(pool.listen(Metrics()))]
     try:
         yield pool, owner
@@ -49,26 +49,34 @@ async def test_a_leased_model_answers_as_the_owners_own(serve):
         own = server.runtime.pool.find("echo:a")
         async with pool.lease("echo:a") as model:
             assert (model.id, model.info) == ("echo:a", own.info)
-            assert await text(model.submit(call("c1"))) == "one two"
             assert (own.leases, server.runtime.in_flight) == (1, 1)
+            assert await text(model.submit(call("c1"))) == "one two"
         async with asyncio.timeout(20):
             await own.idle.wait()
         assert pool.find("echo:a").id == "echo:a"
         assert pool.find("echo:b") is None
 
 
-async def test_a_model_may_be_asked_again_after_it_failed_and_after_it_was_left(serve):
+async def test_a_call_that_fails_or_is_left_leaves_nothing_of_it_with_the_owner(serve):
     async with serve("echo:a", toml="[engine.echo]\nstep_ms = 5") as server, front_of(server.runtime) as (pool, _):
-        host = server.runtime.pool.find("echo:a").host
+        own = server.runtime.pool.find("echo:a")
         async with pool.lease("echo:a") as model:
             with pytest.raises(BadRequest) as caught:
                 await text(model.submit(call("c1", stop=("x",))))
             assert caught.value.param == "stop"
-            stream = model.submit(call("c2", ignore_eos=True))
+        async with (
+            pool.lease("echo:a") as model,
+            contextlib.aclosing(model.submit(call("c2", ignore_eos=True))) as stream,
+        ):
             await anext(stream)
-            await stream.aclose()
+        async with pool.lease("echo:a"):
+            assert own.leases  # and it is never asked
+        async with pool.lease("echo:a") as model:
             assert await text(model.submit(call("c3", "again"))) == "again"
-            await idle(host)
+        async with asyncio.timeout(20):
+            await own.idle.wait()
+        await idle(own.host)
+        assert server.runtime.in_flight == 0
 
 
 async def test_leaving_a_lease_in_the_middle_of_an_answer_cancels_it_in_the_engine(serve):

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from hfms_cli import Caller, Config, ConfigError, Middleware, Overloaded
+from hfms_cli import Caller, Config, ConfigError, Middleware, Overloaded, in_owner
 from hfms_middleware.auth.admin import KeyAdmin
 from hfms_middleware.auth.audit import AUDIT_FILE, Actor, AuditLog
 from hfms_middleware.auth.keyring import BadKey, Keyring, NeverBack
@@ -127,10 +127,15 @@ class Auth(Middleware):
         try:
             return await self._of_token(_token(request))
         except BadKey as exc:
-            self._failures[exc.reason] += 1
-            if exc.reason != "missing":
-                await self._slow_down(request.remote or "")
+            if wait := await self._count_failure(exc.reason, request.remote or ""):
+                await self._hold_back(wait)
             raise
+
+    @in_owner
+    async def _count_failure(self, reason: str, address: str) -> float:
+        """The seconds that an answer without a good key is to be held back. Counted for the server, not for a front."""
+        self._failures[reason] += 1
+        return 0.0 if reason == "missing" else self._throttle.failed(address)
 
     def _of_configuration(self, token: str) -> Caller | None:
         digest = sha256(token.encode()).digest()
@@ -155,11 +160,8 @@ class Auth(Middleware):
                 return await self._oidc.caller(token)
         raise BadKey("unknown")
 
-    async def _slow_down(self, address: str) -> None:
-        """Let whoever sends wrong keys wait. Raises Overloaded where there were too many from that address."""
-        wait = self._throttle.failed(address)
-        if not wait:
-            return
+    async def _hold_back(self, wait: float) -> None:
+        """Let whoever sends wrong keys wait. Raises Overloaded: there were too many from that address."""
         if self._held < HELD_AT_ONCE:
             self._held += 1
             try:

@@ -121,14 +121,6 @@ class Cache(Middleware):
             **self._answers.status(),
         }
 
-    def needs_one_front(self) -> str | None:
-        if self._options.store == "memory":
-            return (
-                "its answers are in memory, and each front would keep its own, out of the reach of `hfms cache clear`; "
-                "set [middleware.cache] store to a Redis"
-            )
-        return None
-
     def status(self) -> dict[str, Any]:
         return self.stats() | {"ttl_seconds": self._options.ttl_seconds, "shared_by_all": self._options.shared}
 

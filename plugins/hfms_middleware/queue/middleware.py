@@ -118,9 +118,6 @@ class Queue(Middleware):
         most = self._options.max_size * queues
         return {**vars(numbers), "max_size": most, "utilization": round(numbers.current_size / most, 4)}
 
-    def needs_one_front(self) -> str | None:
-        return "it counts in memory, and each front would let as many wait; take queue out of [middleware] order"
-
     def patience(self) -> float | None:
         return self._options.timeout_seconds
 

@@ -10,12 +10,25 @@ import asyncio
 import ipaddress
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Config, Middleware, Overloaded, Proceed, Unavailable, caller_of, exchange
+from hfms_cli import (
+    Call,
+    Caller,
+    Chunk,
+    Config,
+    Middleware,
+    Overloaded,
+    Proceed,
+    Unavailable,
+    caller_of,
+    exchange,
+    in_owner,
+)
 from hfms_middleware.documenting import say_headers
 from hfms_middleware.rate_limit.buckets import Buckets, Limit, MemoryBuckets, RedisBuckets, Taken
 from hfms_middleware.rate_limit.options import RateLimitOptions
@@ -44,7 +57,7 @@ class RateLimit(Middleware):
         else:
             self._link = RedisLink(options.store, "[middleware.rate_limit] store")
             self._buckets = RedisBuckets(self._link)
-        self._refusals: dict[str, int] = {}
+        self._refusals: Counter[str] = Counter()
         self._count: Callable[[str], None] = lambda limit: None
         self._settling: set[asyncio.Task[None]] = set()
 
@@ -100,10 +113,21 @@ class RateLimit(Middleware):
                 found.append(Limit(name, amount, seconds))
         return found
 
-    async def _take(self, owner: str, wants: Mapping[Limit, float]) -> bool:
+    @in_owner
+    async def _take_from_memory(self, owner: str, wants: dict[Limit, float]) -> Taken:
+        return await self._buckets.take(owner, wants)
+
+    @in_owner
+    async def _count_refusal(self, limit: str) -> None:
+        self._refusals[limit] += 1
+        self._count(limit)
+
+    async def _take(self, owner: str, wants: dict[Limit, float]) -> bool:
         """Whether all was taken; False where nobody could say and the operator lets such calls pass."""
+        # Whoever asks Redis hears the truth; what is kept in memory is that of the owner.
+        take = self._take_from_memory if self._link is None else self._buckets.take
         try:
-            taken = await self._buckets.take(owner, wants)
+            taken = await take(owner, wants)
         except RedisGone:
             if self._options.on_error == "open":
                 return False
@@ -115,8 +139,7 @@ class RateLimit(Middleware):
         if taken.refused is None:
             return True
         limit = taken.refused
-        self._refusals[limit.name] = self._refusals.get(limit.name, 0) + 1
-        self._count(limit.name)
+        await self._count_refusal(limit.name)
         what, _, period = limit.name.partition("_per_")
         raise Overloaded(
             f"Rate limit reached: {limit.amount} {what} a {period}. Try again in {math.ceil(taken.wait)} s.",
@@ -143,14 +166,6 @@ class RateLimit(Middleware):
 
     # What belongs to the feature beside its work.
 
-    def needs_one_front(self) -> str | None:
-        if self._link is None:
-            return (
-                "its levels are in memory, and each front would allow as much as one; set [middleware.rate_limit] "
-                "store to a Redis, or take rate_limit out of [middleware] order"
-            )
-        return None
-
     def check(self, config: Config) -> Iterable[str]:
         order = config.middleware.order
         if "auth" in order and order.index("auth") > order.index(self.name):
@@ -171,9 +186,9 @@ class RateLimit(Middleware):
         )
 
     def metrics(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import Counter
+        from prometheus_client import Counter as Series
 
-        limited = Counter("hfms_rate_limited", "Requests and calls refused by a limit.", ["limit"], registry=registry)
+        limited = Series("hfms_rate_limited", "Requests and calls refused by a limit.", ["limit"], registry=registry)
         self._count = lambda limit: limited.labels(limit).inc()
 
     def status(self) -> dict[str, Any]:
