@@ -8,6 +8,7 @@ none is on the hot path. See `docs/plugins.md` for whole examples.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -332,14 +333,16 @@ class InOwner(Generic[*Ts, R]):
 
     def __init__(self, method: Callable[[Any, *Ts], Awaitable[R]]) -> None:
         hints: dict[str, Any] = get_type_hints(method)
-        result = hints.pop("return")
+        _, *names = inspect.signature(method).parameters
+        if missing := [name for name in (*names, "return") if name not in hints]:
+            raise TypeError(f"{method.__name__} is `in_owner` and needs type hints for {', '.join(missing)}")
         self.__doc__ = method.__doc__
         self._method = method
         self._name = method.__name__
         self._encode = msgspec.msgpack.Encoder().encode
-        arguments: Any = GenericAlias(tuple, tuple(hints.values()))
+        arguments: Any = GenericAlias(tuple, tuple(hints[name] for name in names))
         self._decode_arguments = msgspec.msgpack.Decoder(arguments).decode
-        self._decode_result: Callable[[bytes], R] = msgspec.msgpack.Decoder(result).decode
+        self._decode_result: Callable[[bytes], R] = msgspec.msgpack.Decoder(hints["return"]).decode
 
     def __get__(self, middleware: Middleware, kind: type[Middleware]) -> Callable[[*Ts], Awaitable[R]]:
         async def called(*arguments: *Ts) -> R:
@@ -367,8 +370,9 @@ class Middleware:
     """Stands around the HTTP handler, around the call, or both. Override what you need; the rest costs nothing.
 
     With `[server] workers` above 1 there are several processes: the owner, which has the models, and further fronts.
-    `http` runs in the process that a request came to, each with a middleware of its own. All else, `call` too, runs in
-    the owner, so what is kept there in memory is one truth. What `http` must share is for methods marked `in_owner`.
+    `call` runs in the owner, whichever front a request came to, and so do `status` and `routes`: what is kept there in
+    memory is one truth. `http` runs in the process that the request came to, with a middleware of its own (`check`,
+    `metrics` and `close` go with it); what it must share is for methods marked `in_owner`.
     """
 
     name: str = ""

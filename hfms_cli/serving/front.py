@@ -152,12 +152,10 @@ class FrontRuntime:
     metrics: Metrics
 
     @classmethod
-    def build(
-        cls, config: Config, plugins: Plugins, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> FrontRuntime:
+    def build(cls, config: Config, plugins: Plugins, owner: Owner) -> FrontRuntime:
         created = [plugins.create("middleware", name, config) for name in config.middleware.order]
         middlewares = [m for m in created if type(m).http is not Middleware.http]
-        metrics, owner = Metrics(), Owner(reader, writer)
+        metrics = Metrics()
         for middleware in middlewares:
             middleware.owner = owner.ask
             list(middleware.check(config))  # some open here what they need; the owner has told the warnings

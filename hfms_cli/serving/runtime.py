@@ -212,7 +212,7 @@ class Runtime:
 
 
 def _refuse_divided_state(config: Config, middlewares: Sequence[Middleware]) -> None:
-    """Each front has middlewares of its own; what one must know of the others has to be kept elsewhere."""
+    """Each front has a middleware of its own around HTTP, and some cannot do with that."""
     if config.server.workers == 1:
         return
     for middleware in middlewares:

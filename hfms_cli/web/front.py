@@ -24,7 +24,7 @@ from yarl import URL
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving import frames
-from hfms_cli.serving.front import FrontRuntime, owner_gone
+from hfms_cli.serving.front import FrontRuntime, Owner, owner_gone
 from hfms_cli.telemetry import logs
 from hfms_cli.web.app import ADDRESS, Handler, base_app
 from hfms_cli.web.context import respond
@@ -86,7 +86,7 @@ async def serve(fd: int, listening: list[int]) -> None:
     config = load_config(Path(start.config_file) if start.config_file else None, flags=start.flags)
     logs.configure(config.log)
     structlog.contextvars.bind_contextvars(front=start.number)
-    runtime = FrontRuntime.build(config, discover(config), reader, writer)
+    runtime = FrontRuntime.build(config, discover(config), Owner(reader, writer))
     async with aiohttp.ClientSession(
         connector=aiohttp.UnixConnector(start.owner, limit=0),
         timeout=aiohttp.ClientTimeout(total=None),

@@ -103,7 +103,6 @@ async def test_a_failed_load_ends_the_server_only_where_the_operator_says_so(hfm
         (["--", "--help-me"], "", "begins with `-`"),
         (["--host", "0.0.0.0"], "", "no key is configured"),
         (["--log-level", "loud"], "", "--log-level is 'loud'"),
-        (["--workers", "2"], "", "the middleware `rate_limit` needs `workers = 1`"),
         ([], "[server]\nprot = 1\n", "did you mean `port`"),
         ([], '[middleware]\norder = ["queues"]\n', "which no plugin provides"),
     ],

@@ -14,8 +14,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-AUTH = '[middleware]\norder = ["auth"]\n'  # limits are counted in memory, and so in one front only
-SLOW = AUTH + "[engine.echo]\nstep_ms = 20\n"
+SLOW = "[engine.echo]\nstep_ms = 20\n"
 ADMIN = "an-admin-key-that-nobody-guesses-7"
 USER = "a-user-key-that-nobody-guesses-8"
 COMPLETION = {"model": "echo:a", "prompt": "one two three"}
@@ -54,6 +53,12 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def fronts_of(log: bytes, path: str = "/v1/completions") -> set[int]:
+    """Who answered such requests; 0 is the owner."""
+    lines = [json.loads(line) for line in log.splitlines() if b'"request"' in line]
+    return {line.get("front", 0) for line in lines if line["path"] == path}
+
+
 def counted(text: str, name: str, **labels: str) -> float:
     return sum(
         sample.value
@@ -64,7 +69,7 @@ def counted(text: str, name: str, **labels: str) -> float:
 
 
 async def test_all_fronts_answer_and_metrics_are_one_truth(hfms_serve):
-    served = await hfms_serve("echo:a", "--workers", "3", toml=AUTH)
+    served = await hfms_serve("echo:a", "--workers", "3")
     await served.until("ready")
     async with client() as session:
         await all_fronts(session, served.url, 2)
@@ -86,14 +91,11 @@ async def test_all_fronts_answer_and_metrics_are_one_truth(hfms_serve):
         assert len((await served_status(session, served.url))["models"][0]["replicas"]) == 1
     served.process.send_signal(signal.SIGTERM)
     _, log = await served.process.communicate()
-    lines = [json.loads(line) for line in log.splitlines() if b'"request"' in line]
-    assert {line.get("front", 0) for line in lines if line["path"] == "/v1/completions"} == {0, 1, 2}
+    assert fronts_of(log) == {0, 1, 2}
 
 
 async def test_every_front_asks_for_a_key_and_believes_no_address_that_a_client_claims(hfms_serve):
-    served = await hfms_serve(
-        "echo:a", "--workers", "2", toml=AUTH, env={"HFMS_API_KEY": USER, "HFMS_ADMIN_API_KEY": ADMIN}
-    )
+    served = await hfms_serve("echo:a", "--workers", "2", env={"HFMS_API_KEY": USER, "HFMS_ADMIN_API_KEY": ADMIN})
     await served.until("ready")
     user, admin = {"Authorization": f"Bearer {USER}"}, {"Authorization": f"Bearer {ADMIN}"}
     async with client() as session:
@@ -115,7 +117,7 @@ async def test_every_front_asks_for_a_key_and_believes_no_address_that_a_client_
 
 
 async def test_a_key_of_the_store_and_what_it_may_hold_in_every_front(hfms_serve):
-    served = await hfms_serve("echo:a", "--workers", "2", toml=AUTH, env={"HFMS_ADMIN_API_KEY": ADMIN})
+    served = await hfms_serve("echo:a", "--workers", "2", env={"HFMS_ADMIN_API_KEY": ADMIN})
     await served.until("ready")
     admin = {"Authorization": f"Bearer {ADMIN}"}
     async with client() as session:
@@ -148,7 +150,7 @@ async def test_a_key_of_the_store_and_what_it_may_hold_in_every_front(hfms_serve
 
 
 async def test_without_keys_administering_is_open_to_this_machine_through_any_front(hfms_serve):
-    served = await hfms_serve("--workers", "2", toml=AUTH)
+    served = await hfms_serve("--workers", "2")
     await served.until("Config")
     async with client() as session:
         await all_fronts(session, served.url, 1)
@@ -163,7 +165,7 @@ async def test_without_keys_administering_is_open_to_this_machine_through_any_fr
 
 
 async def test_errors_are_the_same_through_every_front(hfms_serve):
-    served = await hfms_serve("echo:a", "--workers", "2", toml=AUTH + "[server]\nmax_body_bytes = 2048\n")
+    served = await hfms_serve("echo:a", "--workers", "2", toml="[server]\nmax_body_bytes = 2048\n")
     await served.until("ready")
     cases = [
         ("POST", "/v1/completions", {"model": "echo:no", "prompt": "x"}, 404, "model_not_found"),
@@ -294,10 +296,208 @@ async def test_unloading_waits_for_the_calls_of_every_front(hfms_serve):
 
 @pytest.mark.parametrize("prefix", ["HFMS_", "HF_SERVER_"])
 async def test_the_variable_sets_the_number_of_fronts_and_a_port_in_use_is_no_share(hfms_serve, prefix):
-    first = await hfms_serve("echo:a", toml=AUTH, env={prefix + "WORKERS": "2"})
+    first = await hfms_serve("echo:a", env={prefix + "WORKERS": "2"})
     await first.until("ready")
     async with client() as session:
         await all_fronts(session, first.url, 1)
-    second = await hfms_serve("echo:a", "--workers", "2", toml=AUTH)
+    second = await hfms_serve("echo:a", "--workers", "2")
     _, err = await second.process.communicate()
     assert (second.process.returncode, b"--port" in err) == (2, True)
+
+
+# What middlewares know is one truth, though every front answers.
+
+
+async def ask(session, url, **more) -> tuple[int, dict, dict]:
+    """Status, headers and body of a completion."""
+    async with session.post(url + "/v1/completions", json=COMPLETION | more) as response:
+        return response.status, response.headers, await response.json(content_type=None)
+
+
+async def ended(served) -> bytes:
+    """The log of a server that is told to stop."""
+    served.process.send_signal(signal.SIGTERM)
+    _, log = await served.process.communicate()
+    return log
+
+
+async def test_exactly_as_many_requests_pass_as_the_limit_says_whichever_front_they_come_to(hfms_serve):
+    # A bucket of four takes 15 s for each that it gets back.
+    served = await hfms_serve("echo:a", "--workers", "3", toml="[middleware.rate_limit]\nrequests_per_minute = 4\n")
+    await served.until("ready")
+    async with client() as session:
+        await all_fronts(session, served.url, 2)
+        answers = await asyncio.gather(*(ask(session, served.url) for _ in range(24)))
+        passed = [headers for status, headers, _ in answers if status == 200]
+        refused = [(headers, body) for status, headers, body in answers if status == 429]
+        assert (len(passed), len(refused)) == (4, 20)
+        assert sorted(headers["X-RateLimit-Remaining"] for headers in passed) == ["0", "1", "2", "3"]
+        assert {headers["X-RateLimit-Remaining"] for headers, _ in refused} == {"0"}
+        assert {body["error"]["code"] for _, body in refused} == {"rate_limit_exceeded"}
+        status = await served_status(session, served.url)
+        assert status["middleware"]["rate_limit"]["refused"] == {"requests_per_minute": 20}
+        async with session.get(served.url + "/metrics") as response:
+            assert counted(await response.text(), "hfms_rate_limited_total", limit="requests_per_minute") == 20
+    assert fronts_of(await ended(served)) == {0, 1, 2}
+
+
+async def test_tokens_are_set_aside_and_settled_in_one_bucket_for_all_fronts(hfms_serve):
+    served = await hfms_serve("echo:a", "--workers", "3", toml="[middleware.rate_limit]\ntokens_per_day = 40\n")
+    await served.until("ready")
+    async with client() as session:
+        await all_fronts(session, served.url, 2)
+        # Each sets aside 5 + 3 tokens and uses 6: the seventh finds 4 left.
+        answers = [await ask(session, served.url, max_tokens=3) for _ in range(16)]
+        assert [status for status, _, _ in answers] == [200] * 6 + [429] * 10
+        # A call that is refused at once gives back what it set aside, in whatever front.
+        big = [await ask(session, served.url, max_tokens=10) for _ in range(4)]
+        assert {body["error"]["code"] for _, _, body in big} == {"rate_limit_exceeded"}
+
+
+async def test_an_answer_is_kept_once_for_all_fronts_and_headers_go_both_ways(hfms_serve):
+    order = '[middleware]\norder = ["auth", "cache", "queue"]\n'
+    served = await hfms_serve("echo:a", "--workers", "3", toml=order)
+    await served.until("ready")
+    async with client() as session:
+        await all_fronts(session, served.url, 2)
+
+        async def said(**headers: str) -> list[str | None]:
+            found = []
+            for n in range(16):
+                body = COMPLETION | {"temperature": 0, "stream": bool(n % 2)}
+                async with session.post(served.url + "/v1/completions", json=body, headers=headers) as response:
+                    assert b"three" in await response.read()
+                    found.append(response.headers.get("x-cache"))
+            return found
+
+        assert await said() == ["miss"] + ["hit"] * 15
+        assert await said(**{"cache-control": "no-store"}) == [None] * 16
+        async with session.get(served.url + "/admin/cache/stats") as response:
+            stats = await response.json()
+        assert (stats["hits"], stats["misses"]) == (15, 1)
+        async with session.post(served.url + "/admin/cache/clear") as response:
+            assert (await response.json())["cleared"] == 1
+        assert await said() == ["miss"] + ["hit"] * 15
+    assert fronts_of(await ended(served)) == {0, 1, 2}
+
+
+ONE_AT_A_TIME = "[engine.echo]\nstep_ms = 20\nmax_batch = 1\n[middleware.queue]\nmax_size = 6\n"
+
+
+async def queue_statistics(session, url) -> dict:
+    async with session.get(url + "/admin/queue/stats") as response:
+        return await response.json()
+
+
+async def waiting(session, url, count: int) -> dict:
+    async def there():
+        stats = await queue_statistics(session, url)
+        return stats if stats["current_size"] == count else None
+
+    return await until(there)
+
+
+def adds_up(stats: dict) -> bool:
+    ends = ("total_processed", "total_timeouts", "total_rejected", "total_cancelled", "current_size")
+    return stats["total_queued"] == sum(stats[end] for end in ends)
+
+
+async def test_one_queue_bounds_what_waits_in_all_fronts_and_its_numbers_add_up(hfms_serve):
+    served = await hfms_serve("echo:a", "--workers", "3", toml=ONE_AT_A_TIME)
+    await served.until("ready")
+    async with client() as session:
+        await all_fronts(session, served.url, 2)
+        began: asyncio.Queue = asyncio.Queue()
+        running = asyncio.create_task(stream(session, served.url, 30_000, began))
+        await asyncio.wait_for(began.get(), 30)
+        tasks = [asyncio.create_task(ask(session, served.url)) for _ in range(20)]
+
+        async def refused():
+            return sum(task.done() for task in tasks) == 14
+
+        await until(refused)
+        assert {task.result()[2]["error"]["code"] for task in tasks if task.done()} == {"queue_full"}
+        stats = await waiting(session, served.url, 6)
+        assert (stats["total_queued"], stats["total_rejected"], stats["total_processed"]) == (21, 14, 1)
+        running.cancel()
+        await asyncio.wait(tasks)
+        assert sorted(task.result()[0] for task in tasks) == [200] * 6 + [429] * 14
+        stats = await waiting(session, served.url, 0)
+        assert (stats["total_queued"], stats["total_rejected"], stats["total_processed"]) == (21, 14, 7)
+        assert (stats["current_tokens"], adds_up(stats)) == (0, True)
+
+
+async def test_a_front_that_is_killed_while_its_calls_wait_leaves_nothing_counted(hfms_serve):
+    served = await hfms_serve("echo:a", "--workers", "3", toml=ONE_AT_A_TIME.replace("= 6", "= 40"))
+    await served.until("ready")
+    async with client() as session:
+        pids = await all_fronts(session, served.url, 2)
+        tasks = [asyncio.create_task(stream(session, served.url, 30_000)) for _ in range(25)]
+        await waiting(session, served.url, 24)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+        async def left():
+            stats = await queue_statistics(session, served.url)
+            alive = sum(not task.done() for task in tasks)
+            # One of those that are left runs; those of the dead fronts have left the line.
+            return alive < 25 and stats["current_size"] == max(0, alive - 1) and stats
+
+        stats = await until(left)
+        assert adds_up(stats)
+        for task in tasks:
+            task.cancel()
+        stats = await waiting(session, served.url, 0)
+        assert (stats["total_queued"], stats["current_tokens"], adds_up(stats)) == (25, 0, True)
+
+        async def idle():
+            return (await served_status(session, served.url))["requests_in_flight"] == 0
+
+        await until(idle)
+
+
+async def test_a_breaker_that_opens_is_open_in_every_front(hfms_serve):
+    toml = SLOW + "[middleware.breaker]\nfailures = 1\n"
+    served = await hfms_serve("echo:a", "--workers", "3", toml=toml)
+    await served.until("ready")
+    async with client() as session:
+        await all_fronts(session, served.url, 2)
+        began: asyncio.Queue = asyncio.Queue()
+        failing = asyncio.create_task(stream(session, served.url, 30_000, began))
+        await asyncio.wait_for(began.get(), 30)
+        (engine,) = (await served_status(session, served.url))["models"][0]["replicas"]
+        os.kill(engine["pid"], signal.SIGKILL)
+        assert b"engine_died" in await failing
+
+        async def back():
+            (replica,) = (await served_status(session, served.url))["models"][0]["replicas"]
+            return replica.get("pid", engine["pid"]) != engine["pid"]
+
+        await until(back)
+        answers = await asyncio.gather(*(ask(session, served.url) for _ in range(16)))
+        assert {(status, body["error"]["code"]) for status, _, body in answers} == {(503, "breaker_open")}
+        status = await served_status(session, served.url)
+        assert status["middleware"]["breaker"]["models"]["echo:a"]["state"] == "open"
+        async with session.get(served.url + "/metrics") as response:
+            assert counted(await response.text(), "hfms_breaker_state", model="echo:a") == 1
+    assert fronts_of(await ended(served)) == {0, 1, 2}
+
+
+async def test_wrong_keys_are_counted_by_address_over_all_fronts(hfms_serve):
+    served = await hfms_serve("echo:a", "--workers", "3", env={"HFMS_ADMIN_API_KEY": ADMIN})
+    await served.until("ready")
+    admin, wrong = {"Authorization": f"Bearer {ADMIN}"}, {"Authorization": "Bearer wrong"}
+    async with client() as session:
+        await all_fronts(session, served.url, 2, headers=admin)
+
+        async def knock() -> int:
+            async with session.post(served.url + "/v1/completions", json=COMPLETION, headers=wrong) as response:
+                return response.status
+
+        # Ten are free; no front alone has had as many.
+        statuses = await asyncio.gather(*(knock() for _ in range(14)))
+        assert set(statuses) == {401, 429}
+        status = await served_status(session, served.url, headers=admin)
+        assert status["middleware"]["auth"]["failures"] == {"unknown": 14}
+        async with session.get(served.url + "/metrics", headers=admin) as response:
+            assert counted(await response.text(), "hfms_auth_failures_total", reason="unknown") == 14
