@@ -20,12 +20,13 @@ import typer
 from hfms_cli.cli.client import Client, Refused, Unreachable, local_url
 from hfms_cli.cli.hardware import first_choice, probe_all
 from hfms_cli.cli.options import AsJson, ConfigFile
-from hfms_cli.cli.output import console, human_bytes, print_json, printable
+from hfms_cli.cli.output import console, print_json, printable
 from hfms_cli.config import STORAGE_OFF, STORAGE_SWITCHES, SWITCHES, TABLES, Config, load_config
 from hfms_cli.errors import ConfigError, StartupError, close_matches
 from hfms_cli.hookspecs import KINDS
 from hfms_cli.plugins import Plugins, discover
 from hfms_cli.settings import PREFIXES, settings_of
+from hfms_cli.sizes import human_bytes
 from hfms_cli.version import __version__
 
 # A small chat model with its index fits; below this a pull is likely to break off.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hfms_cli.cli.options import AsJson, ConfigFile
-from hfms_cli.cli.output import human_bytes, print_json, print_table
+from hfms_cli.cli.output import print_json, print_table
 from hfms_cli.config import Config, load_config
 from hfms_cli.errors import HfmsError
 from hfms_cli.plugins import Plugins, discover
+from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Device, Probe
 
 

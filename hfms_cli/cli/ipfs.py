@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from hfms_cli.cli.options import AsJson, ConfigFile
-from hfms_cli.cli.output import human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
 from hfms_cli.config import load_config
 from hfms_cli.errors import BadRequest, FetchFailed
 from hfms_cli.plugins import discover
+from hfms_cli.sizes import human_bytes
 
 if TYPE_CHECKING:
     from hfms_cli.ipfs import Fetch

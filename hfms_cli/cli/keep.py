@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument
-from hfms_cli.cli.output import human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import print_json, print_table, printable
 from hfms_cli.cli.progress import pulling
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
+from hfms_cli.sizes import human_bytes
 
 if TYPE_CHECKING:
     from hfms_cli.models.pins import Pins

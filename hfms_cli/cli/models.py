@@ -17,13 +17,14 @@ from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_u
 from hfms_cli.cli.discover import discover as discover_models
 from hfms_cli.cli.keep import Force, alias, gc, pin, router_for, unpin, verify
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
-from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import console, print_json, print_table, printable
 from hfms_cli.cli.plan import plan
 from hfms_cli.cli.progress import pulling
 from hfms_cli.cli.tune import tune
 from hfms_cli.config import load_config
 from hfms_cli.errors import HfmsError
 from hfms_cli.plugins import discover
+from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Manifest, ModelCard, ModelName, Quality, Task
 
 if TYPE_CHECKING:

@@ -45,11 +45,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in cells:
         table.add_row(*row)
     console().print(table)
-
-
-def human_bytes(count: int) -> str:
-    """`1.5 GiB` for 1610612736."""
-    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{count} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"

@@ -11,9 +11,10 @@ import typer
 from hfms_cli.cli.client import Client, Refused, Unreachable, admin_key, local_url
 from hfms_cli.cli.keep import router_for
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
-from hfms_cli.cli.output import human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import print_json, print_table, printable
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
+from hfms_cli.sizes import human_bytes
 
 if TYPE_CHECKING:
     from hfms_cli.models.plan import Option, Plan

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hfms_cli.cli.output import console, human_bytes, printable
+from hfms_cli.cli.output import console, printable
 from hfms_cli.hookspecs import Watch
+from hfms_cli.sizes import human_bytes
 
 
 @contextmanager

@@ -199,7 +199,7 @@ def _panel(console: Console, runtime: Runtime, url: str) -> None:
     from rich.panel import Panel
     from rich.table import Table
 
-    from hfms_cli.cli.output import human_bytes
+    from hfms_cli.sizes import human_bytes
 
     config = runtime.config
     rows = Table.grid(padding=(0, 2))

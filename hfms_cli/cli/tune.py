@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument
-from hfms_cli.cli.output import console, human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import console, print_json, print_table, printable
 from hfms_cli.config import Config, load_config
+from hfms_cli.sizes import human_bytes
 
 if TYPE_CHECKING:
     from hfms_cli.tune.session import Result

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfms_cli.errors import DoesNotFit
+from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Device
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Ledger:
         available = self.available(device)
         if size > available:
             raise DoesNotFit(
-                f"The model needs {human(size)} on {device.id}, which has {human(max(0, available))} left of "
-                f"{human(device.total_bytes)}. Unload another model, or choose a smaller one or precision."
+                f"The model needs {human_bytes(size)} on {device.id}, which has {human_bytes(max(0, available))} left "
+                f"of {human_bytes(device.total_bytes)}. Unload another model, or choose a smaller one or precision."
             )
         reservation = Reservation(device.memory, size)
         self._reservations.append(reservation)
@@ -69,12 +70,3 @@ class Ledger:
         except BaseException:
             self.release(reservation)
             raise
-
-
-def human(size: float) -> str:
-    """Bytes for people: `1.4 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

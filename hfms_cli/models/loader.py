@@ -18,10 +18,11 @@ from hfms_cli.engines.host import EngineHost, HostOptions
 from hfms_cli.errors import BadRequest, DoesNotFit, LoadFailed, UnsafeFormat
 from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress, Report, report_nothing
 from hfms_cli.models.inspect import inspect
-from hfms_cli.models.ledger import Ledger, Reservation, human
+from hfms_cli.models.ledger import Ledger, Reservation
 from hfms_cli.models.router import Router
 from hfms_cli.models.tuned import Choice, Profile, TunedStore, fingerprint
 from hfms_cli.models.warm_up import warm_up
+from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Device, Manifest, ModelCard, ModelName, Quantize
 
 log = structlog.get_logger("hfms.models")
@@ -255,8 +256,8 @@ class Loader:
         if too_large and beside:
             needs, device = too_large[0].size, too_large[0].request.device
             raise DoesNotFit(
-                f"There is room for {len(beside)} replicas and not for more: the next one needs {human(needs)} on "
-                f"{device.id}, which would have {human(device.free_bytes)} left.",
+                f"There is room for {len(beside)} replicas and not for more: the next one needs {human_bytes(needs)} "
+                f"on {device.id}, which would have {human_bytes(device.free_bytes)} left.",
                 param="replicas",
             )
         if too_large:  # everywhere: reserving says by how much
@@ -278,8 +279,8 @@ class Loader:
             log.warning(
                 "model took more memory than expected",
                 model=str(placement.manifest.name),
-                expected=human(best.size),
-                held=human(held),
+                expected=human_bytes(best.size),
+                held=human_bytes(held),
             )
 
     def _best(self, manifest: Manifest, fitting: Sequence[Candidate]) -> Candidate | None:

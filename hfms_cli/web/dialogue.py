@@ -30,6 +30,18 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _LETTERS = string.ascii_letters + string.digits
 
 
+def with_tools(chat: Conversation, use: ToolUse | None, formats: Formats) -> Conversation:
+    """The chat with what the model may call. Raises BadRequest where its template takes no tools."""
+    if formats.tools is None and (use or any(_of_calls(m) for m in chat.messages)):
+        raise BadRequest(
+            "The chat template of this model takes no tools; leave out `tools` and messages about calls of them,"
+            " or use another model.",
+            param="tools" if use else "messages",
+            code="tools_not_supported",
+        )
+    return msgspec.structs.replace(chat, tools=use.tools if use else None)
+
+
 class Dialogue:
     """Of one call. `fit` comes first; it finds the model's format."""
 
@@ -67,13 +79,7 @@ class Dialogue:
         self._formats = formats_of(info.template, self._settings.tool_parser, self._settings.reasoning_parser)
         (chat,) = call.inputs
         assert isinstance(chat, Conversation)
-        if self._formats.tools is None and (self._use or any(_of_calls(m) for m in chat.messages)):
-            raise BadRequest(
-                "The chat template of this model takes no tools; leave out `tools` and messages about calls of them,"
-                " or use another model.",
-                param="tools" if self._use else "messages",
-                code="tools_not_supported",
-            )
+        chat = with_tools(chat, self._use, self._formats)
         if self._use and call.sampling.structure is not None:
             raise BadRequest(
                 "An answer that must have a structure cannot call functions; leave one of both out, or send"
@@ -82,7 +88,6 @@ class Dialogue:
                 code="unsupported_value",
             )
         self._structured = self.forced or call.sampling.structure is not None
-        chat = msgspec.structs.replace(chat, tools=self._use.tools if self._use else None)
         if thinking := self._thinking():
             chat = msgspec.structs.replace(chat, template_kwargs=thinking | (chat.template_kwargs or {}))
         call = msgspec.structs.replace(call, inputs=[chat])

@@ -312,6 +312,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -320,7 +321,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         if (self.prompt is None) == (self.messages is None):
             raise BadRequest("Send `prompt` or `messages`, and not both.", param="prompt")
         if self.prompt is not None:
-            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
                 if getattr(self, name) is not None:
                     raise BadRequest(f"`{name}` is for `messages`.", param=name)
             return TokensOf(self.prompt, self.add_special_tokens is not False)
@@ -336,10 +337,14 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         if self.add_generation_prompt is None and self.continue_final_message:
             named["add_generation_prompt"] = False
         chat = Conversation(
-            messages=[m.plain(f"messages[{i}]") for i, m in enumerate(self.messages or ())],
+            messages=conversation_of(self.messages or []),
             template_kwargs=(self.chat_template_kwargs or {}) | {k: v for k, v in named.items() if v is not None},
         )
         return TokensOf(chat)
+
+    def tool_use(self) -> ToolUse | None:
+        """What the model may call. Raises BadRequest."""
+        return ToolUse.of([tool.function for tool in self.tools or ()], None, None)
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -5,16 +5,20 @@ The tokenizer is in the engine's process, which answers between two steps: no ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from aiohttp import web
 from msgspec import Struct
+from msgspec.structs import replace
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import LoadedInfo, Question, Reply, TextOf, Tokens, Vocabulary, VocabularyOf
+from hfms_cli.parsing import formats_of
+from hfms_cli.types import Conversation, LoadedInfo, Question, Reply, TextOf, Tokens, Vocabulary, VocabularyOf
 from hfms_cli.web import answers
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, respond
+from hfms_cli.web.dialogue import with_tools
 from hfms_cli.web.operation import operation
 from hfms_cli.web.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -38,7 +42,16 @@ class TokenizerQuery(Struct):
 async def tokenize(request: web.Request) -> web.StreamResponse:
     """The tokens of a text or of a chat."""
     body = parse(TokenizeRequest, await request.read())
-    told, info = await _ask(request, body.model, body.question(), Tokens)
+    question, use = body.question(), body.tool_use()
+    settings = request.app[RUNTIME].config.models
+
+    def suiting(info: LoadedInfo) -> Question:
+        if isinstance(question.input, Conversation):
+            formats = formats_of(info.template, settings.tool_parser, settings.reasoning_parser)
+            return replace(question, input=with_tools(question.input, use, formats))
+        return question
+
+    told, info = await _ask(request, body.model, suiting, Tokens)
     return respond(
         {
             "count": len(told.ids),
@@ -56,7 +69,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 async def detokenize(request: web.Request) -> web.StreamResponse:
     """The text of tokens."""
     body = parse(DetokenizeRequest, await request.read())
-    told, _ = await _ask(request, body.model, TextOf(body.tokens), Tokens)
+    told, _ = await _ask(request, body.model, lambda _: TextOf(body.tokens), Tokens)
     return respond({"prompt": told.text})
 
 
@@ -64,7 +77,7 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
 @operation("Tokens", answers.TokenizerInfo, query=TokenizerQuery, errors=ERRORS)
 async def tokenizer_info(request: web.Request) -> web.StreamResponse:
     """What a tokenizer is, by the names of `tokenizer_config.json`."""
-    told, info = await _ask(request, request.query.get("model"), VocabularyOf(), Vocabulary)
+    told, info = await _ask(request, request.query.get("model"), lambda _: VocabularyOf(), Vocabulary)
     return respond(
         {
             "tokenizer_class": told.kind,
@@ -80,7 +93,9 @@ async def tokenizer_info(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def _ask(request: web.Request, model: str | None, question: Question, answer: type[R]) -> tuple[R, LoadedInfo]:
+async def _ask(
+    request: web.Request, model: str | None, question: Callable[[LoadedInfo], Question], answer: type[R]
+) -> tuple[R, LoadedInfo]:
     """What a model's engine says, and what is known of the model. Raises BadRequest and what a lease raises."""
     runtime, caller = request.app[RUNTIME], caller_of(request)
     if model is None:
@@ -94,6 +109,6 @@ async def _ask(request: web.Request, model: str | None, question: Question, answ
     with runtime.admit():
         async with runtime.pool.lease(model, caller) as leased:
             host = leased.host_now()
-            reply = await host.ask(question)
+            reply = await host.ask(question(host.info))
             assert isinstance(reply, answer)
             return reply, host.info

@@ -11,8 +11,9 @@ import pytest
 from hfms_cli.__main__ import main
 from hfms_cli.cli.app import app, exit_status, run
 from hfms_cli.cli.client import Refused, Unreachable
-from hfms_cli.cli.output import human_bytes, printable
+from hfms_cli.cli.output import printable
 from hfms_cli.errors import BadRequest, ConfigError, DoesNotFit, PluginError
+from hfms_cli.sizes import human_bytes
 from hfms_cli.version import __version__
 
 HEAVY = ("torch", "transformers", "numpy", "aiohttp", "huggingface_hub", "rich", "uvloop")

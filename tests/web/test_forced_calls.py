@@ -17,6 +17,8 @@ from tests.web.test_tools import gathered, streamed
 pytest.importorskip("torch")
 pytest.importorskip("llguidance")
 
+from transformers import AutoTokenizer
+
 TREE = {
     "type": "object",
     "$defs": {
@@ -138,6 +140,20 @@ async def test_the_clients_chat_helpers_parse_forced_calls(serve, folder):
             answer = await stream.get_final_completion()
         assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
         assert "tool_calls.function.arguments.delta" in kinds
+
+
+async def test_tokenize_counts_tools_as_the_template_writes_them(serve, folder):
+    async with serve(str(folder)) as server:
+        body = {key: value for key, value in asked(folder).items() if key in ("model", "messages", "tools")}
+        told = [(await server.post("/tokenize", body | more))[1]["tokens"] for more in ({}, {"tools": None})]
+    words = AutoTokenizer.from_pretrained(folder)
+    expected = [
+        words.apply_chat_template(body["messages"], tools=tools, add_generation_prompt=True, return_dict=False)
+        for tools in (TOOLS, None)
+    ]
+    assert len(expected[0]) > len(expected[1])
+    assert told[1] == expected[1]
+    assert len(told[0]) >= len(expected[0])  # `description`, which our tools have not, is written as empty
 
 
 async def test_a_structure_and_tools_that_may_be_called_do_not_go_together(serve, folder):
