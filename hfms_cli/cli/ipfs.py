@@ -216,7 +216,10 @@ def _answer(as_json: bool, told: Mapping[str, Any], text: str, receipt: Mapping[
 
 def _tell(receipt: Mapping[str, Any]) -> None:
     """Who did it, for people."""
-    who = ", ".join(f"{name} ({blocks} blocks)" for name, blocks in receipt.get("served", {}).items())
+    sizes = receipt.get("served_bytes", {})
+    who = ", ".join(
+        f"{name} ({blocks} blocks, {human_bytes(sizes[name])})" for name, blocks in receipt.get("served", {}).items()
+    )
     tried = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in receipt["tried"].items())
     text = f"by {receipt.get('backend') or who or 'nobody: it is in the CID'}" + (f"; not by {tried}" if tried else "")
     print(printable(text), file=sys.stderr)
@@ -227,7 +230,7 @@ def _kept_by(receipt: Receipt) -> dict[str, Any]:
 
 
 def _served_by(fetch: Fetch) -> dict[str, Any]:
-    return {"served": dict(fetch.served), "tried": fetch.tried}
+    return {"served": dict(fetch.served), "served_bytes": dict(fetch.served_bytes), "tried": fetch.tried}
 
 
 def _shown_size(entry: Any) -> str:

@@ -1,7 +1,8 @@
 """Gets blocks from whoever has them, and believes nobody: a block is its CID's, or it is asked for elsewhere.
 
-Where all of a file is wanted, a source may send it as one stream (a CAR). What is missing or wrong in the stream is
-fetched from another source, block by block; the rest of the stream is still used.
+Where all of a file is wanted, and several sources have it, its blocks are asked of all of them at once (`lanes`). Where
+only one has it, that may send it as one stream (a CAR): what is missing or wrong in the stream is fetched block by
+block, and the rest of the stream is still used.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, VerifyFailed
 from hfms_cli.ipfs.car import CarReader
-from hfms_cli.ipfs.cid import Cid, check
+from hfms_cli.ipfs.cid import Cid
+from hfms_cli.ipfs.lanes import STRIKES, Lanes, Source, checked
 
 __all__ = ["PATIENCE", "Fetch", "Health", "Observe", "Source", "checked"]
 
@@ -24,24 +26,12 @@ PATIENCE = 30.0
 """Seconds that one block may take."""
 KEEP = 32 * 2**20
 """Bytes of blocks that are held: they may come before they are asked for, and be asked for again."""
-STRIKES = 3
-"""Wrong blocks in one stream, after which nothing more is read from it."""
 LONGEST_PAUSE = 60.0
 
-Observe = Callable[[str, str, str, float], None]
-"""Source, operation, `ok` or `missing` or `error`, and seconds."""
 
-
-class Source(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    async def block_get(self, cid: str) -> bytes:
-        """A block. Raises NotFound, FetchFailed."""
-        ...
-
-    def car(self, cid: str) -> AsyncIterator[bytes] | None:
-        """All blocks below a CID as a CAR, depth first; None where the source sends only single blocks."""
+class Observe(Protocol):
+    def __call__(self, source: str, operation: str, status: str, seconds: float, size: int = 0) -> None:
+        """status: `ok`, `missing` or `error`. size: bytes that came."""
         ...
 
 
@@ -60,6 +50,8 @@ class Condition:
     failures: int = 0
     """In a row."""
     error: str | None = None
+    lied: bool = False
+    """It sent wrong bytes."""
     until: float = 0.0
     """When it is asked again before others, by the clock of `Health`."""
 
@@ -71,21 +63,32 @@ class Health:
         self._clock = clock
         self._observe = observe
         self._conditions: dict[str, Condition] = {}
+        self.blocks: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """What each source has sent that was right."""
 
     def order(self, sources: Sequence[Named]) -> list[Named]:
-        now = self._clock()
-        return sorted(sources, key=lambda s: self._conditions.get(s.name, _WELL).until > now)
+        return sorted(sources, key=lambda s: self.resting(s.name))
 
-    def note(self, name: str, operation: str, error: HfmsError | None, seconds: float) -> None:
+    def resting(self, name: str) -> bool:
+        """Whether a source failed lately, and is to be asked after the others."""
+        return self.of(name).until > self._clock()
+
+    def note(self, name: str, operation: str, error: HfmsError | None, seconds: float, size: int = 0) -> None:
         """Count one answer. A source that does not have something, or cannot do something, is well."""
         well = error is None or isinstance(error, NotFound | BadRequest)
         if self._observe is not None:
             status = "ok" if error is None else "missing" if isinstance(error, NotFound) else "error"
-            self._observe(name, operation, status, seconds)
+            self._observe(name, operation, status, seconds, size)
+        if size:
+            self.blocks[name] += 1
+            self.bytes[name] += size
         if well:
-            self._conditions.pop(name, None)
+            if not (self.of(name).lied and self.resting(name)):  # good blocks among wrong ones redeem nobody
+                self._conditions.pop(name, None)
             return
         condition = self._conditions.setdefault(name, Condition())
+        condition.lied = isinstance(error, VerifyFailed)
         condition.failures += 1
         condition.error = error.message if error else None
         condition.until = self._clock() + min(2.0**condition.failures, LONGEST_PAUSE)
@@ -105,10 +108,13 @@ class Fetch:
 
     def __init__(self, sources: Sequence[Source], health: Health | None = None, *, patience: float = PATIENCE) -> None:
         self.served: Counter[str] = Counter()
+        self.served_bytes: Counter[str] = Counter()
         self.tried: dict[str, str] = {}
-        self._sources = sources
         self._health = health or Health()
         self._patience = patience
+        self._here = [source for source in sources if source.here]
+        there = self._health.order([source for source in sources if not source.here])
+        self._lanes = Lanes(there, self._health, self._note_block, patience=patience)
         self._held: OrderedDict[bytes, bytes] = OrderedDict()
         self._held_size = 0
         self._stream: _Stream | None = None
@@ -130,31 +136,58 @@ class Fetch:
         return await self._ask(cid)
 
     @asynccontextmanager
-    async def all_of(self, cid: Cid) -> AsyncGenerator[None, None]:
-        """Says that all blocks below a CID will be asked for, depth first, until the context ends."""
-        self._stream = _Stream(cid, iter(self._health.order(self._sources)), self._patience)
-        try:
+    async def all_of(self, cid: Cid, *, ahead: bool = True) -> AsyncGenerator[None, None]:
+        """Says that all blocks below a CID will be asked for, depth first, until the context ends.
+
+        ahead: several at a time; what is asked for one by one comes best as a stream.
+        """
+        async with AsyncExitStack() as opened:
+            if not await self._is_here(cid):
+                if ahead and len(self._lanes.likely()) > 1:
+                    await opened.enter_async_context(self._lanes.probing(cid))
+                if not ahead or len(self._lanes.having()) <= 1:
+                    self._stream = _Stream(cid, iter(self._lanes.likely()), self._patience)
+                    opened.push_async_callback(self._end_stream)
             yield
-        finally:
-            stream, self._stream = self._stream, None
+
+    async def _end_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
             await stream.close()
 
+    async def _is_here(self, cid: Cid) -> bool:
+        for source in self._here:
+            with suppress(HfmsError):
+                await source.block_get(str(cid))
+                return True
+        return False
+
     async def _ask(self, cid: Cid) -> bytes:
-        """From each source in turn."""
+        """From this disk, else from whoever has it first."""
         failures: list[HfmsError] = []
-        for source in self._health.order(self._sources):
+        for source in self._here:
             start = time.perf_counter()
             try:
-                async with asyncio.timeout(self._patience):
-                    block = await source.block_get(str(cid))
+                block = await source.block_get(str(cid))
                 await checked(cid, block)
             except Exception as exc:
                 failures.append(self._failed(source.name, "block_get", exc, start))
             else:
-                self._worked(source.name, "block_get", start)
+                self._worked(source.name, "block_get", start, block)
                 self._keep(cid, block)
                 return block
-        raise _worst(cid, failures, self.tried)
+        found = await self._lanes.get(cid, failures)
+        if found is None:
+            raise _worst(cid, failures, self.tried)
+        self._keep(cid, found)
+        return found
+
+    def _note_block(self, name: str, outcome: bytes | Exception, seconds: float) -> HfmsError | None:
+        start = time.perf_counter() - seconds
+        if isinstance(outcome, Exception):
+            return self._failed(name, "block_get", outcome, start)
+        self._worked(name, "block_get", start, outcome)
+        return None
 
     async def _from_stream(self, cid: Cid) -> bytes | None:
         """Read on until the block comes; None where it has to be asked for."""
@@ -175,7 +208,7 @@ class Fetch:
                 if isinstance(exc, VerifyFailed) and name.same_block(cid):
                     break  # the stream has nothing better to say of this one
                 continue
-            self._worked(stream.source.name, "dag_export", start)
+            self._worked(stream.source.name, "dag_export", start, block)
             self._keep(name, block)
             if name.same_block(cid):
                 stream.unasked = 0
@@ -200,9 +233,10 @@ class Fetch:
             self._held.move_to_end(cid.digest)
         return block
 
-    def _worked(self, name: str, operation: str, start: float) -> None:
+    def _worked(self, name: str, operation: str, start: float, block: bytes) -> None:
         self.served[name] += 1
-        self._health.note(name, operation, None, time.perf_counter() - start)
+        self.served_bytes[name] += len(block)
+        self._health.note(name, operation, None, time.perf_counter() - start, len(block))
 
     def _failed(self, name: str, operation: str, exc: Exception, start: float) -> HfmsError:
         error = told(name, exc, self._patience)
@@ -271,17 +305,6 @@ class _Stream:
                 with suppress(HfmsError, RuntimeError):
                     await generator.aclose()
         self._blocks = self._chunks = None
-
-
-async def checked(cid: Cid, block: bytes) -> None:
-    """Check a block. Raises VerifyFailed.
-
-    One of the usual size takes a fifth of a millisecond, and to hand it to a thread as long; larger ones go there.
-    """
-    if len(block) <= 2**19:
-        check(cid, block)
-    else:
-        await asyncio.to_thread(check, cid, block)
 
 
 def told(name: str, exc: Exception, patience: float) -> HfmsError:

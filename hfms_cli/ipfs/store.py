@@ -27,6 +27,8 @@ class BlockStore:
     """Content-addressed verbs over single blocks. What a store does not override, it cannot do, and says so."""
 
     name: str = ""
+    here: bool = False
+    """Its blocks are on this disk, so that it is asked before all others."""
 
     # What a store writes itself.
 

@@ -22,8 +22,8 @@ from hfms_cli.ipfs.unixfs import Kind, Link, Node, links_of, parse_node
 
 __all__ = ["Entry", "cat", "export", "files", "ls", "resolve", "save", "write_file"]
 
-AHEAD = 16
-"""Blocks that are asked for before they are needed."""
+AHEAD = 32
+"""Blocks that are asked for before they are needed: enough to keep several sources busy."""
 DEEPEST = 64
 MOST_ENTRIES = 100_000
 _WRITE = 2**20
@@ -112,7 +112,7 @@ async def export(fetch: Fetch, cid: Cid) -> AsyncGenerator[bytes, None]:
     seen: set[bytes] = set()
     left = [cid]
     yield car_header([cid])
-    async with fetch.all_of(cid):
+    async with fetch.all_of(cid, ahead=False):
         while left:
             name = left.pop()
             if name.inline is not None or bytes(name) in seen:

@@ -115,11 +115,19 @@ class Content:
         return await self._first("dag_import", lambda store: store.dag_import(car(), pin=pin))
 
     def status(self) -> list[dict[str, Any]]:
-        """How each source is."""
+        """How each source is, and what it has sent since the start."""
         found = []
         for source in (s for store in self.stores for s in _sources(store)):
             condition = self._health.of(source.name)
-            found.append({"name": source.name, "failures": condition.failures, "error": condition.error})
+            found.append(
+                {
+                    "name": source.name,
+                    "failures": condition.failures,
+                    "error": condition.error,
+                    "served_blocks": self._health.blocks[source.name],
+                    "served_bytes": self._health.bytes[source.name],
+                }
+            )
         return found
 
     async def close(self) -> None:
@@ -163,6 +171,7 @@ class _Foreign:
     """The blocks of a store that is no BlockStore."""
 
     store: ContentStore
+    here: bool = False
 
     @property
     def name(self) -> str:

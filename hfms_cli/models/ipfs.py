@@ -80,7 +80,7 @@ class IpfsModels:
                 await asyncio.to_thread(self._put, draft, cid)
         except OSError as exc:
             raise FetchFailed(f"The cache of models cannot be written: {exc.strerror}.") from exc
-        log.info("model fetched", cid=str(cid), served=dict(fetch.served), tried=fetch.tried)
+        log.info("model fetched", cid=str(cid), served_bytes=dict(fetch.served_bytes), tried=fetch.tried)
         return folder / "files"
 
     async def list(self) -> Sequence[Manifest]:

@@ -64,6 +64,9 @@ class Metrics:
         self.storage_operations = Counter(
             "hfms_storage_operations", "Asked of a storage.", ["backend", "operation", "status"], registry=r
         )
+        self.storage_bytes = Counter(
+            "hfms_storage_bytes", "Of blocks that a storage sent and that were right.", ["backend"], registry=r
+        )
         self.storage_duration = Histogram(
             "hfms_storage_operation_duration_seconds",
             "How long a storage took.",
@@ -74,10 +77,12 @@ class Metrics:
         self.errors = Counter("hfms_errors", "Answers that are errors.", ["model", "type"], registry=r)
         self.plugin_errors = Counter("hfms_plugin_errors", "Unexpected exceptions.", ["plugin"], registry=r)
 
-    def storage(self, backend: str, operation: str, status: str, seconds: float) -> None:
-        """One operation of a storage, as `Router` tells it."""
-        self.storage_operations.labels(backend, operation, status).inc()
-        self.storage_duration.labels(backend, operation).observe(seconds)
+    def storage(self, source: str, operation: str, status: str, seconds: float, size: int = 0) -> None:
+        """One operation of a storage, as `Router` and `Content` tell it. size: bytes that it sent."""
+        self.storage_operations.labels(source, operation, status).inc()
+        if size:
+            self.storage_bytes.labels(source).inc(size)
+        self.storage_duration.labels(source, operation).observe(seconds)
 
     @contextmanager
     def call(self, model: str, clock: Callable[[], float]) -> Iterator[CallMeasure]:

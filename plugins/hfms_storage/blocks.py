@@ -23,6 +23,8 @@ _BATCH = 4 * 2**20
 class BlockFolder(BlockStore):
     """A store in `blocks_root`, which is made when something is kept for the first time."""
 
+    here = True
+
     @property
     def blocks_root(self) -> Path:
         raise NotImplementedError

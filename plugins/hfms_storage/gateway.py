@@ -63,6 +63,8 @@ class Gateways(BlockStore):
 class Gateway:
     """One gateway."""
 
+    here = False
+
     def __init__(self, url: str, patience: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:

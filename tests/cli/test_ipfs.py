@@ -73,6 +73,7 @@ def test_json_says_what_where_and_who_else_was_tried(ipfs, given, cid):
     assert set(listed["served"]) == {"hf_cache"}
     got = json.loads(ipfs("get", f"{cid}/sub", "-o", "sub", "--json").stdout)
     assert (got["path"], got["size_bytes"], got["tried"]) == ("sub", 600_000, {})
+    assert got["served_bytes"]["hf_cache"] > 600_000
 
 
 def test_an_archive_goes_out_and_in(ipfs, given, cid, tmp_path):

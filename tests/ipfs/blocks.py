@@ -20,6 +20,8 @@ class Blocks:
     blocks: dict[Cid, bytes]
     name: str = "blocks"
     streams: bool = False
+    here: bool = False
+    """It is on this disk."""
     error: Exception | None = None
     """Raised by everything."""
     asked: list[Cid] = field(default_factory=list)

@@ -110,10 +110,11 @@ async def test_a_store_that_failed_is_asked_last_until_its_pause_is_over(shelves
     assert (await content.add_bytes(b"1"))[1].tried
     shelves[1].error = None
     assert (await content.add_bytes(b"2"))[1].backend == "good"
-    assert content.status()[0] == {"name": "down", "failures": 1, "error": "It is down."}
+    nothing = {"served_blocks": 0, "served_bytes": 0}
+    assert content.status()[0] == {"name": "down", "failures": 1, "error": "It is down.", **nothing}
     now[0] = 10.0
     assert (await content.add_bytes(b"3"))[1].backend == "down"
-    assert content.status()[0] == {"name": "down", "failures": 0, "error": None}
+    assert content.status()[0] == {"name": "down", "failures": 0, "error": None, **nothing}
 
 
 @pytest.mark.parametrize("answer", ["bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku", "--help", ""])

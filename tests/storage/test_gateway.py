@@ -1,12 +1,13 @@
 """Gateways that are good, and every way of being bad: each ends in a clear error, and nothing wrong is written."""
 
+import asyncio
 import random
 
 import pytest
 from aiohttp import web
 
 from hfms_cli import ConfigError, FetchFailed, HfmsError, NotFound, VerifyFailed
-from hfms_cli.ipfs import blocks_of_bytes, walk
+from hfms_cli.ipfs import blocks_of_bytes, lanes, parse, walk
 from hfms_cli.models.content import Content
 from hfms_storage.gateway import GatewayOptions, Gateways
 from tests.storage.gateways import TrustlessGateway
@@ -36,29 +37,63 @@ async def read(content):
     return b"".join([piece async for piece in walk.cat(fetch, ROOT)]), fetch
 
 
-async def test_a_file_comes_as_one_car_from_the_first(content, gateways):
+async def test_a_file_comes_as_one_car_where_only_one_has_it(content, gateways):
+    for other in gateways[1:]:
+        other.blocks.clear()
     data, fetch = await read(content)
     assert data == DATA
     assert gateways[0].asked == [("raw", str(ROOT)), ("car", str(ROOT))]
-    assert gateways[1].asked == gateways[2].asked == []
+    assert gateways[1].asked == gateways[2].asked == [("raw", str(ROOT))]
     assert fetch.served == {f"gateway {gateways[0].url.removeprefix('http://')}": len(MADE) + 1}
 
 
 async def test_a_file_comes_block_by_block_where_there_is_no_car(content, gateways):
-    for gateway in gateways:
-        gateway.cars = False
+    gateways[0].cars = False
+    for other in gateways[1:]:
+        other.blocks.clear()
     assert (await read(content))[0] == DATA
     assert set(gateways[0].raw_asked) == {str(cid) for cid, _ in MADE}
-    assert gateways[1].raw_asked == []
 
 
-async def test_only_the_bad_block_is_fetched_from_the_next(content, gateways):
-    gateways[0].wrong = {MADE[4][0]}
+async def test_what_all_have_comes_from_all_of_them_and_each_block_once(content, gateways, monkeypatch):
+    """Each gateway answers only when all three were asked for a block below the root, so none could do it alone."""
+    monkeypatch.setattr(lanes, "LATE_LEAST", 60.0)  # however slow this machine is
+    asked, everybody = set(), asyncio.Event()
+
+    def waits_for_the_others(gateway):
+        async def answer(request):
+            cid = parse(request.match_info["cid"])
+            if cid != ROOT:
+                asked.add(gateway.url)
+                if len(asked) == 3:
+                    everybody.set()
+                await everybody.wait()
+            return web.Response(body=gateway.blocks[cid])
+
+        return answer
+
+    for gateway in gateways:
+        gateway.answer = waits_for_the_others(gateway)
     data, fetch = await read(content)
     assert data == DATA
-    assert gateways[1].asked == [("raw", str(MADE[4][0]))]
-    assert gateways[2].asked == []
-    assert "are not those of" in next(iter(fetch.tried.values()))
+    assert len(fetch.served_bytes) == 3
+    leaves = [cid for gateway in gateways for cid in gateway.raw_asked if cid != str(ROOT)]
+    assert sorted(leaves) == sorted(str(cid) for cid, _ in MADE[:-1])
+    assert {row["served_bytes"] for row in content.status()} == set(fetch.served_bytes.values())
+
+
+async def test_only_the_bad_block_is_fetched_from_another_and_who_sent_it_is_set_aside(content, gateways):
+    gateways[2].blocks.clear()
+    gateways[0].wrong = {MADE[4][0]}
+    gateways[1].blocks.pop(MADE[4][0])
+    gateways[2].blocks[MADE[4][0]] = MADE[4][1]
+    data, fetch = await read(content)
+    assert data == DATA
+    assert [cid for kind, cid in gateways[2].asked] == [str(ROOT), str(MADE[4][0])]
+    at = gateways[0].raw_asked
+    if str(MADE[4][0]) in at:  # it was asked while the other was busy; then for nothing that the other has
+        assert "are not those of" in fetch.tried[f"gateway {gateways[0].url.removeprefix('http://')}"]
+        assert content.status()[0]["failures"] == 1
 
 
 async def test_a_gateway_that_lies_always_is_skipped(content, gateways):
@@ -84,8 +119,6 @@ async def endless_block(request):
 
 async def drips(request):
     """Bytes that come in time, each of them, and never make a block."""
-    import asyncio
-
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
