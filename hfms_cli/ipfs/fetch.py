@@ -136,16 +136,16 @@ class Fetch:
         return await self._ask(cid)
 
     @asynccontextmanager
-    async def all_of(self, cid: Cid, *, ahead: bool = True) -> AsyncGenerator[None, None]:
-        """Says that all blocks below a CID will be asked for, depth first, until the context ends.
+    async def all_of(self, cid: Cid, *, ahead: bool = True, stream: bool = True) -> AsyncGenerator[None, None]:
+        """Says that blocks below a CID will be asked for, depth first, until the context ends.
 
-        ahead: several at a time; what is asked for one by one comes best as a stream.
+        ahead: several at a time; what is asked for one by one comes best as a stream. stream: all of them.
         """
         async with AsyncExitStack() as opened:
             if not await self._is_here(cid):
                 if ahead and len(self._lanes.likely()) > 1:
                     await opened.enter_async_context(self._lanes.probing(cid))
-                if not ahead or len(self._lanes.having()) <= 1:
+                if stream and (not ahead or len(self._lanes.having()) <= 1):
                     self._stream = _Stream(cid, iter(self._lanes.likely()), self._patience)
                     opened.push_async_callback(self._end_stream)
             yield

@@ -7,9 +7,10 @@ import os
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -18,6 +19,7 @@ from hfms_cli.ipfs import cbor
 from hfms_cli.ipfs.car import car_header, car_section
 from hfms_cli.ipfs.cid import CODECS, Cid, parse
 from hfms_cli.ipfs.fetch import Fetch
+from hfms_cli.ipfs.lanes import checked
 from hfms_cli.ipfs.unixfs import Kind, Link, Node, links_of, parse_node
 
 __all__ = ["Entry", "cat", "export", "files", "ls", "resolve", "save", "write_file"]
@@ -31,6 +33,8 @@ _FILE = (Kind.FILE, Kind.RAW)
 
 Progress = Callable[[int, int], None]
 """Bytes so far and bytes in all."""
+Have = Callable[[Cid, int, int | None], Awaitable[bytes | None]]
+"""A block that is here already: its CID, where it begins in the file, and how long it is there (None: the whole)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ async def ls(fetch: Fetch, cid: Cid) -> list[Entry]:
         links = await _children(fetch, cid, node)
     else:
         links = [Link(cid)]
-    async with aclosing(_ahead(fetch, [link.cid for link in links])) as blocks:
+    async with aclosing(_ahead(fetch, [(link.cid, 0, None) for link in links])) as blocks:
         entries = [_entry(link, parse_node(link.cid, await anext(blocks))) for link in links]
     return sorted(entries, key=lambda e: e.name.encode())
 
@@ -94,15 +98,19 @@ async def files(fetch: Fetch, cid: Cid) -> list[tuple[str, Entry]]:
     return sorted(found)
 
 
-async def cat(fetch: Fetch, cid: Cid) -> AsyncGenerator[bytes, None]:
-    """A file's bytes, piece by piece. Raises BadRequest for what is no file."""
-    node = parse_node(cid, await fetch.get(cid))
+async def cat(fetch: Fetch, cid: Cid, have: Have | None = None) -> AsyncGenerator[bytes, None]:
+    """A file's bytes, piece by piece. Raises BadRequest for what is no file.
+
+    have: asked for each raw block before it is fetched.
+    """
+    node = parse_node(cid, await _one(fetch, cid, 0, None, have))
     if node.kind not in _FILE:
         raise BadRequest(f"`{cid}` is a folder or a link, not a file.", param="cid")
     if not node.links:
         yield node.data
         return
-    async with fetch.all_of(cid), aclosing(_pieces(fetch, node, 0)) as pieces:
+    # A stream would send what is here already, too.
+    async with fetch.all_of(cid, stream=have is None), aclosing(_pieces(fetch, node, 0, 0, have)) as pieces:
         async for piece in pieces:
             yield piece
 
@@ -184,28 +192,58 @@ async def _make_folders(fetch: Fetch, cid: Cid, draft: Path) -> None:
         left += [(path / e.name, _cid(e)) for e in await ls(fetch, folder) if e.kind == "folder"]
 
 
-async def write_file(fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None]) -> None:
-    """Write one file, which must not be there yet. wrote: told of the bytes. Raises OSError, FetchFailed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb", buffering=0) as file:
-        held, size = [], 0
-        async with aclosing(cat(fetch, _cid(entry))) as pieces:
+async def write_file(
+    fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None], *, resume: bool = False
+) -> None:
+    """Write one file. wrote: told of the bytes. Raises OSError, FetchFailed.
+
+    resume: the file may be there already, in part or with wrong bytes; blocks that are right in their place stay, and
+    are not fetched. Otherwise it must not be there.
+    """
+    with _opened(path, resume) as file:
+        there = os.fstat(file.fileno()).st_size
+        right: set[int] = set()  # where what is there is right
+
+        async def have(cid: Cid, at: int, size: int | None) -> bytes | None:
+            if cid.codec != CODECS["raw"] or at + (length := entry.size if size is None else size) > there:
+                return None
+            block = await asyncio.to_thread(os.pread, file.fileno(), length, at)
+            with suppress(VerifyFailed):
+                await checked(cid, block)
+                right.add(at)
+                return block
+            return None
+
+        held: list[tuple[int, bytes]] = []
+        at = size = 0
+        async with aclosing(cat(fetch, _cid(entry), have if there else None)) as pieces:
             async for piece in pieces:
-                held.append(piece)
+                if at not in right:
+                    held.append((at, piece))
+                at += len(piece)
                 size += len(piece)
                 if size >= _WRITE:
                     await asyncio.to_thread(_write_all, file, held)
                     wrote(size)
                     held, size = [], 0
         await asyncio.to_thread(_write_all, file, held)
+        file.truncate(at)
         wrote(size)
 
 
-def _write_all(file: BinaryIO, pieces: list[bytes]) -> None:
-    for piece in pieces:
+def _opened(path: Path, resume: bool) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (resume and path.is_file()):
+        path.open("xb").close()
+    return path.open("r+b", buffering=0)
+
+
+def _write_all(file: BinaryIO, pieces: list[tuple[int, bytes]]) -> None:
+    for at, piece in pieces:
         left = memoryview(piece)
         while left:
-            left = left[file.write(left) :]
+            done = os.pwrite(file.fileno(), left, at)
+            left, at = left[done:], at + done
 
 
 async def _children(fetch: Fetch, cid: Cid, node: Node, depth: int = 0) -> list[Link]:
@@ -233,39 +271,53 @@ async def _children(fetch: Fetch, cid: Cid, node: Node, depth: int = 0) -> list[
     return found
 
 
-async def _pieces(fetch: Fetch, node: Node, depth: int) -> AsyncGenerator[bytes, None]:
-    """What is below a node, in order, and exactly as many bytes as the node says."""
+async def _pieces(fetch: Fetch, node: Node, depth: int, at: int, have: Have | None) -> AsyncGenerator[bytes, None]:
+    """What is below a node, in order, and exactly as many bytes as the node says. at: where it begins in the file."""
     if node.data:
         yield node.data
-    async with aclosing(_ahead(fetch, [link.cid for link in node.links])) as blocks:
-        for link, part in zip(node.links, node.parts, strict=True):
-            child = parse_node(link.cid, await anext(blocks))
+    starts = accumulate(node.parts, initial=at + len(node.data))
+    asked = [(link.cid, start, part) for link, start, part in zip(node.links, starts, node.parts, strict=False)]
+    async with aclosing(_ahead(fetch, asked, have)) as blocks:
+        for cid, start, part in asked:
+            child = parse_node(cid, await anext(blocks))
             if child.kind not in _FILE or child.size != part or depth > DEEPEST:
-                raise VerifyFailed(f"The block `{link.cid}` is not the part of a file that it should be.")
+                raise VerifyFailed(f"The block `{cid}` is not the part of a file that it should be.")
             if not child.links:
                 yield child.data
                 continue
-            async with aclosing(_pieces(fetch, child, depth + 1)) as pieces:
+            async with aclosing(_pieces(fetch, child, depth + 1, start, have)) as pieces:
                 async for piece in pieces:
                     yield piece
 
 
-async def _ahead(fetch: Fetch, cids: Sequence[Cid]) -> AsyncGenerator[bytes, None]:
-    """Blocks in order. Leaves are asked for ahead; nodes are not, since a stream has all that is below one first."""
+async def _ahead(
+    fetch: Fetch, asked: Sequence[tuple[Cid, int, int | None]], have: Have | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Blocks in order. Leaves are asked for ahead; nodes are not, since a stream has all that is below one first.
+
+    asked: CID, and where it begins in the file and how long it is there.
+    """
     tasks: deque[asyncio.Task[bytes]] = deque()
-    asked = 0
+    begun = 0
+    raw = CODECS["raw"]
     try:
-        for i, cid in enumerate(cids):
-            while asked < len(cids) and asked < i + AHEAD and (asked == i or cids[asked].codec == CODECS["raw"]):
-                tasks.append(asyncio.ensure_future(fetch.get(cids[asked])))
-                asked += 1
-                if cid.codec != CODECS["raw"]:
+        for i, (cid, _, _) in enumerate(asked):
+            while begun < len(asked) and begun < i + AHEAD and (begun == i or asked[begun][0].codec == raw):
+                tasks.append(asyncio.ensure_future(_one(fetch, *asked[begun], have)))
+                begun += 1
+                if cid.codec != raw:
                     break
             yield await tasks.popleft()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _one(fetch: Fetch, cid: Cid, at: int, size: int | None, have: Have | None) -> bytes:
+    if have is not None and (block := await have(cid, at, size)) is not None:
+        return block
+    return await fetch.get(cid)
 
 
 def _entry(link: Link, node: Node) -> Entry:
