@@ -33,6 +33,9 @@ class ServerConfig:
     )
     insecure: bool = setting(False, "Listen beyond loopback although no key is configured.", env="INSECURE")
     metrics: bool = setting(True, "Serve /metrics for Prometheus.", env="ENABLE_METRICS")
+    share_models: bool = setting(
+        False, "Serve what `hfms models publish` has published to other hfms servers.", env="SHARE_MODELS"
+    )
     state_dir: str = setting(
         "", 'Where hfms keeps what it knows between runs; empty: "hfms" in the user\'s state folder.', env="STATE_DIR"
     )
@@ -173,6 +176,9 @@ class StorageConfig:
         "", "Storage to ask first for what has a CID; empty: as in the order.", env="IPFS_BACKEND", bare=True
     )
     block_seconds: float = setting(30.0, "Longest time that a storage may take for one block.", ge=0.1)
+    trusted_publishers: list[str] = setting(
+        list, 'Whose signatures count, for which names: "org/* ed25519:KEY"; see `hfms publisher`.'
+    )
     cache_dir: str = setting(
         "",
         'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',

@@ -105,12 +105,7 @@ class Provider(Generic[T]):
 class Storage(Protocol):
     """A place that models come from. Every method may raise an HfmsError, and nothing else.
 
-    A storage may also have
-    - `hashed() -> Iterable[tuple[Path, os.stat_result, str]]`: files that it hashed while it fetched them, as they were
-      then, with the SHA-256 (or git's SHA-1) that it found. They are not read once more;
-    - `discard(manifest, paths)`: a coroutine that deletes some of a model's files, so that `fetch` brings just them;
-    - `peek(manifest, path, first, count) -> bytes`: a coroutine; some bytes of a file that need not be on this disk;
-    - `leftovers() -> Iterable[Leftover]`: what lies on this disk and nothing refers to.
+    A storage may also have `terms(manifest) -> Awaitable[Terms]`: under what terms a model of its may be passed on.
     """
 
     name: str
@@ -152,6 +147,9 @@ class ContentStore(Protocol):
     is checked by hfms, whatever the store says. Every method may raise an HfmsError, and nothing else: NotFound where
     the store does not have something, Unsupported where it cannot do something. `hfms_cli.ipfs.BlockStore` is a base
     that brings all of this for stores which can get and keep single blocks.
+
+    A store may also have `indexes() -> Awaitable[Sequence[tuple[str, bytes | HfmsError]]]`: of each server behind it
+    its name and its signed index of models (docs/publishing.md), or why there is none. hfms checks them.
     """
 
     name: str

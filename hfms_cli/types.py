@@ -37,6 +37,7 @@ __all__ = [
     "Sampling",
     "Structure",
     "Task",
+    "Terms",
     "TextOf",
     "TokenLogprob",
     "Tokens",
@@ -321,19 +322,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-class Leftover(Struct, frozen=True, kw_only=True):
-    """Something on this disk that nothing refers to any more."""
+class Terms(Struct, frozen=True):
+    """Under what terms a model may be passed on."""
 
-    about: str
-    """What it is, for people."""
-    size: int
-    """Bytes that its end gives back."""
-    age_seconds: float
-    """Since it was last written."""
-    paths: tuple[str, ...]
-    """Files and folders, absolute; together they are the whole of it."""
-    model: ModelName | None = None
-    """The model that it is, or was to become, where that is known."""
+    license: str = ""
+    """As its card names it; empty: it names none."""
+    restricted: str = ""
+    """Why not everybody may have it, for people; empty: everybody may."""
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import typer
 import typer.core
 import typer.main
 
-from hfms_cli.cli import bench, chat, config, conformance, doctor, hardware, ipfs, models, plugins
+from hfms_cli.cli import bench, chat, config, doctor, hardware, ipfs, models, plugins, publisher
 from hfms_cli.cli.client import Unreachable
 from hfms_cli.cli.output import printable
 from hfms_cli.cli.serve import serve
@@ -66,6 +66,7 @@ app.command()(bench.bench)
 app.command()(conformance.conformance)
 app.add_typer(models.app, name="models")
 app.add_typer(ipfs.app, name="ipfs")
+app.add_typer(publisher.app, name="publisher")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command()(hardware.hardware)

@@ -20,6 +20,7 @@ from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument, ServerUrl
 from hfms_cli.cli.output import console, print_json, print_table, printable
 from hfms_cli.cli.plan import plan
 from hfms_cli.cli.progress import pulling
+from hfms_cli.cli.publish import publish, unpublish
 from hfms_cli.cli.tune import tune
 from hfms_cli.config import load_config
 from hfms_cli.errors import HfmsError
@@ -105,12 +106,8 @@ def rm(name: ModelArgument, force: Force = False, config: ConfigFile = None, as_
     typer.echo(printable(f"deleted {manifest.name} ({human_bytes(manifest.size)}, {manifest.storage})"))
 
 
-app.command()(plan)
-app.command()(verify)
-app.command()(gc)
-app.command()(pin)
-app.command()(unpin)
-app.command()(alias)
+app.command()(publish)
+app.command()(unpublish)
 app.command()(tune)
 app.command()(discover_models)
 

@@ -8,7 +8,7 @@ walk       from blocks to files and folders
 store      the base class of stores
 """
 
-from hfms_cli.ipfs.build import CHUNKER, Block, blocks_of_bytes, blocks_of_path, chunk_size, root_of
+from hfms_cli.ipfs.build import CHUNKER, Block, blocks_of_bytes, blocks_of_path, blocks_of_tree, chunk_size, root_of
 from hfms_cli.ipfs.car import CarReader, car_header, car_section
 from hfms_cli.ipfs.cid import CODECS, MAX_BLOCK, Cid, check, parse
 from hfms_cli.ipfs.fetch import Fetch, Health, Source
@@ -30,6 +30,7 @@ __all__ = [
     "below",
     "blocks_of_bytes",
     "blocks_of_path",
+    "blocks_of_tree",
     "car_header",
     "car_section",
     "check",

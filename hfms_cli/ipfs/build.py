@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,7 @@ from hfms_cli.ipfs.cid import Cid
 from hfms_cli.ipfs.shards import shards
 from hfms_cli.ipfs.unixfs import Kind, Link, encode_node
 
-__all__ = ["CHUNKER", "Block", "blocks_of_bytes", "blocks_of_path", "chunk_size", "root_of"]
+__all__ = ["CHUNKER", "Block", "blocks_of_bytes", "blocks_of_path", "blocks_of_tree", "chunk_size", "root_of"]
 
 Block = tuple[Cid, bytes]
 
@@ -66,6 +66,15 @@ def blocks_of_path(
         yield from builder.folder(path, _homes(path))
     except OSError as exc:
         raise FetchFailed(f"`{path.name}` could not be read: {exc.strerror}.") from exc
+
+
+def blocks_of_tree(files: Mapping[str, Path | bytes], *, read: Callable[[int], object] = bool) -> Iterator[Block]:
+    """Every block of a folder with these files, by their relative POSIX paths; the last one is its root."""
+    builder = _Builder(chunk_size(CHUNKER), read=read)
+    try:
+        yield from builder.tree(files)
+    except OSError as exc:
+        raise FetchFailed(f"The files could not be read: {exc.strerror}.") from exc
 
 
 def root_of(blocks: Iterator[Block]) -> Cid:
@@ -141,6 +150,20 @@ class _Builder:
                 raise BadRequest(f"`{child.name}` is a link that leads out of the folder.", param="path")
             yield from self.folder(child, homes) if child.is_dir() else self.path(child)
             entries.append(Link(self.root.cid, child.name, self.root.total))
+        yield from self._entries(entries)
+
+    def tree(self, files: Mapping[str, Path | bytes]) -> Iterator[Block]:
+        entries = []
+        for name in sorted({path.partition("/")[0] for path in files}, key=str.encode):
+            inside = {p.removeprefix(f"{name}/"): f for p, f in files.items() if p.startswith(f"{name}/")}
+            match files.get(name):
+                case bytes() as data:
+                    yield from self.file(io.BytesIO(data))
+                case Path() as path:
+                    yield from self.path(path)
+                case None:
+                    yield from self.tree(inside)
+            entries.append(Link(self.root.cid, name, self.root.total))
         yield from self._entries(entries)
 
     def _entries(self, entries: list[Link]) -> Iterator[Block]:

@@ -76,7 +76,7 @@ class BlockStore:
         return str(cid)
 
     async def add_bytes(self, data: bytes, *, pin: bool = True) -> str:
-        return await self._add(blocks_of_bytes(data), pin)
+        return await self.add_blocks(blocks_of_bytes(data), pin)
 
     async def add_path(
         self,
@@ -88,7 +88,7 @@ class BlockStore:
         read: Callable[[int], object] | None = None,
     ) -> str:
         """read: told of the bytes that were read."""
-        return await self._add(blocks_of_path(path, recursive=recursive, chunker=chunker, read=read or bool), pin)
+        return await self.add_blocks(blocks_of_path(path, recursive=recursive, chunker=chunker, read=read or bool), pin)
 
     async def cat(self, cid: str) -> bytes:
         async with aclosing(walk.cat(Fetch(self.sources), parse(cid))) as pieces:
@@ -112,7 +112,8 @@ class BlockStore:
                 await self.pin(root)
         return roots
 
-    async def _add(self, blocks: Iterator[Block], pin: bool) -> str:
+    async def add_blocks(self, blocks: Iterator[Block], pin: bool) -> str:
+        """Keep blocks that hfms has made, the root last; its CID."""
         root: Cid | None = None
 
         async def passing() -> AsyncGenerator[Block, None]:

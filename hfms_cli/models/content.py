@@ -7,7 +7,7 @@ under the CID that hfms gives it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, Unsupp
 from hfms_cli.hookspecs import ContentStore
 from hfms_cli.ipfs import (
     CHUNKER,
+    Block,
     BlockStore,
     Cid,
     Fetch,
@@ -25,6 +26,7 @@ from hfms_cli.ipfs import (
     Source,
     blocks_of_bytes,
     blocks_of_path,
+    blocks_of_tree,
     parse,
     root_of,
     walk,
@@ -97,6 +99,38 @@ class Content:
 
         return await self._first("add_path", add)
 
+    async def add_tree(
+        self,
+        files: Mapping[str, Path | bytes],
+        *,
+        store: str | None = None,
+        progress: Callable[[int], object] = bool,
+    ) -> tuple[str, Sequence[Cid], Receipt]:
+        """Keep files as one folder, pinned: its CID and those of all its blocks. store: this one, and no other."""
+        cids: list[Cid] = []
+
+        def noted() -> Iterator[Block]:
+            cids.clear()
+            for cid, block in blocks_of_tree(files, read=progress):
+                cids.append(cid)
+                yield cid, block
+
+        async def add(chosen: ContentStore) -> str:
+            if not isinstance(chosen, BlockStore):
+                raise Unsupported(f"The backend `{chosen.name}` takes no folders block by block.")
+            return await chosen.add_blocks(noted(), pin=True)
+
+        cid, receipt = await self._first("add_tree", add, [self.named(store)] if store else None)
+        return cid, list(dict.fromkeys(cids)), receipt
+
+    def named(self, name: str) -> ContentStore:
+        """A store by its name. Raises BadRequest."""
+        for store in self.stores:
+            if store.name == name:
+                return store
+        there = ", ".join(store.name for store in self.stores) or "none"
+        raise BadRequest(f"No storage `{name}` that keeps what has a CID is in use; there are: {there}.", param="store")
+
     async def block_put(self, data: bytes, *, codec: str = "raw") -> tuple[str, Receipt]:
         return await self._named(Cid.of(codec, data), "block_put", lambda s: s.block_put(data, codec=codec))
 
@@ -143,10 +177,15 @@ class Content:
 
         return await self._first(operation, checked)
 
-    async def _first(self, operation: str, attempt: Callable[[ContentStore], Awaitable[T]]) -> tuple[T, Receipt]:
+    async def _first(
+        self,
+        operation: str,
+        attempt: Callable[[ContentStore], Awaitable[T]],
+        stores: Sequence[ContentStore] | None = None,
+    ) -> tuple[T, Receipt]:
         """The first store that can. Stores that failed lately are asked after the others."""
         failures: dict[str, HfmsError] = {}
-        for store in self._health.order(self.stores):
+        for store in self._health.order(self.stores if stores is None else stores):
             start = time.perf_counter()
             try:
                 result = await attempt(store)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from hfms_cli.errors import BadRequest, FetchFailed, ModelNotFound
+from hfms_cli.errors import BadRequest, FetchFailed, ModelNotFound, VerifyFailed
 from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
 from hfms_cli.types import Manifest, ModelFile, ModelName
@@ -74,8 +74,8 @@ class Kept:
     ) -> Path:
         """Write the files of a model, go on where an earlier fetch ended, and answer their folder.
 
-        chosen: the files to take, by path. Each is kept with the SHA-256 of what was written, or of the manifest.
-        Raises FetchFailed, of which a full disk is one.
+        chosen: the files to take, by path. Each is kept with its SHA-256, which must be that of the manifest, where
+        that has one. Raises VerifyFailed, and FetchFailed, of which a full disk is one.
         """
         try:
             async with self._draft(cid) as draft:
@@ -83,8 +83,7 @@ class Kept:
                     return self.folder(cid) / "files"
                 _refuse_what_does_not_fit(chosen, draft)
                 files = await _write(fetch, chosen, draft / "files", progress)
-                known = {f.path: f.sha256 for f in manifest.files}
-                files = tuple(ModelFile(f.path, f.size, known.get(f.path) or f.sha256) for f in files)
+                _refuse_other_files(manifest, files, draft)
                 whole = msgspec.structs.replace(manifest, files=files)
                 (draft / "manifest.json").write_bytes(msgspec.json.encode(whole))
                 await asyncio.to_thread(self._put, draft, cid)
@@ -119,7 +118,7 @@ class Kept:
         draft.rename(folder)
 
 
-async def _write(fetch: Fetch, chosen: Mapping[str, Entry], target: Path, progress: Progress) -> Sequence[ModelFile]:
+async def _write(fetch: Fetch, chosen: Mapping[str, Entry], target: Path, progress: Progress) -> tuple[ModelFile, ...]:
     """Write the files, each block checked, and answer them with their hashes, for the checks of later loads."""
     total, done, files = sum(e.size for e in chosen.values()), 0, []
 
@@ -133,7 +132,16 @@ async def _write(fetch: Fetch, chosen: Mapping[str, Entry], target: Path, progre
         await walk.write_file(fetch, entry, target / path, wrote, resume=True)
         os.utime(target.parent)  # so that nobody takes it for abandoned
         files.append(ModelFile(path, entry.size, await asyncio.to_thread(_sha256, target / path)))
-    return files
+    return tuple(files)
+
+
+def _refuse_other_files(manifest: Manifest, files: Sequence[ModelFile], draft: Path) -> None:
+    """Right by their CIDs is not enough where the manifest has hashes of its own."""
+    known = {f.path: f.sha256 for f in manifest.files if f.sha256 is not None}
+    for file in files:
+        if file.sha256 != known.get(file.path, file.sha256):
+            shutil.rmtree(draft, ignore_errors=True)
+            raise VerifyFailed(f"`{file.path}` has not the SHA-256 that its manifest says.")
 
 
 def _sha256(file: Path) -> str:

@@ -25,9 +25,11 @@ from hfms_cli.errors import (
 from hfms_cli.hookspecs import Progress, Report, Storage, report_nothing
 from hfms_cli.ipfs.fetch import Observe
 from hfms_cli.models.content import Content, is_content_store
+from hfms_cli.models.index import Seen
 from hfms_cli.models.ipfs import IpfsModels, cache_folder
-from hfms_cli.models.pins import Pins
-from hfms_cli.models.verify import RECEIPTS, Receipts, examine, verify
+from hfms_cli.models.neighbours import Neighbours, Offering
+from hfms_cli.models.trust import Trust
+from hfms_cli.models.verify import RECEIPTS, Receipts, verify
 from hfms_cli.plugins import Plugins
 from hfms_cli.types import Manifest, ModelName
 
@@ -228,7 +230,8 @@ class Router:
 def open_router(config: Config, plugins: Plugins, *, observe: Observe | None = None) -> Router:
     """The router over the storages that the configuration names. Raises ConfigError, PluginError.
 
-    Those with content-addressed verbs answer for `ipfs://CID` together, where the first of them stands.
+    Those with content-addressed verbs answer for `ipfs://CID` together, where the first of them stands; one that knows
+    what neighbours offer answers for names, too.
     """
     made = {name: plugins.create("storage", name, config) for name in config.order("storage")}
     backend = config.storage.backend
@@ -236,18 +239,21 @@ def open_router(config: Config, plugins: Plugins, *, observe: Observe | None = N
     if backend and not (stores and stores[0].name == backend):
         raise ConfigError(f"IPFS_BACKEND is `{backend}`, a storage that keeps nothing with a CID", param="backend")
     content = Content(stores, patience=config.storage.block_seconds, observe=observe)
-    models = [s for s in made.values() if not is_content_store(s) or hasattr(s, "find")]
-    if stores:
-        first = next(i for i, s in enumerate(made.values()) if is_content_store(s))
-        at = sum(not is_content_store(s) for s in [*made.values()][:first])
-        models.insert(at, IpfsModels(content, cache_folder(config.storage.cache_dir)))
-    return Router(
-        models,
-        content=content,
-        receipts=Receipts(config.state_dir / RECEIPTS),
-        observe=observe,
-        pins=Pins(config.state_dir),
-    )
+    models: list[Storage] = []
+    for storage in made.values():
+        if is_content_store(storage) and not any(isinstance(m, IpfsModels) for m in models):
+            models.append(IpfsModels(content, cache_folder(config.storage.cache_dir)))
+        if hasattr(storage, "indexes"):
+            models.append(_neighbours(config, storage, content))
+        if not is_content_store(storage) or hasattr(storage, "find"):
+            models.append(storage)
+    return Router(models, content=content, receipts=Receipts(config.state_dir / RECEIPTS), observe=observe)
+
+
+def _neighbours(config: Config, offering: Offering, content: Content) -> Neighbours:
+    trust = Trust.load(config.storage.trusted_publishers, config.state_dir)
+    root = cache_folder(config.storage.cache_dir).with_name("neighbours")
+    return Neighbours(offering, content, trust, root, seen=Seen(config.state_dir / "indexes.json"))
 
 
 def stands_for(name: ModelName, manifest: Manifest) -> bool:

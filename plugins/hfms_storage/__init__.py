@@ -1,4 +1,5 @@
-"""First-party storages: a folder, a Python package, the Hugging Face Hub and its cache, and IPFS in four ways."""
+"""First-party storages: a folder, a Python package, the Hugging Face Hub and its cache, IPFS in four ways, and
+other hfms servers."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from hfms_storage.hf_cache import HfCache, HfCacheOptions
 from hfms_storage.ipfs_kit import IpfsKit, IpfsKitOptions
 from hfms_storage.kubo import Kubo, KuboOptions
 from hfms_storage.local import Local
+from hfms_storage.neighbours import NeighbourOptions, Neighbours
 from hfms_storage.package import Package, PackageOptions
 
 
@@ -21,3 +23,4 @@ def hfms_storages() -> Iterable[Provider[Storage | ContentStore]]:
     yield Provider("hf_cache", HfCache, HfCacheOptions, "org/name on the Hugging Face Hub, and ipfs://CID beside it")
     yield Provider("kubo", Kubo, KuboOptions, "ipfs://CID at an IPFS node")
     yield Provider("gateway", Gateways, GatewayOptions, "ipfs://CID from HTTP gateways, which need not be trusted")
+    yield Provider("neighbours", Neighbours, NeighbourOptions, "org/name from other hfms servers, signed by publishers")

@@ -7,10 +7,10 @@ after the others.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 from hfms_cli import ConfigError, FetchFailed, NotFound, setting
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import aiohttp
     from yarl import URL
 
-MOST_REDIRECTS = 4
 _CHUNK = 2**18
 _KINDS = {
     "raw": "application/vnd.ipld.raw",
@@ -64,15 +63,21 @@ class Gateway:
     """One gateway."""
 
     here = False
+    kind = "gateway"
+    most_redirects = 4
+    refusals: ClassVar[Mapping[int, str]] = {}
+    """What a status means, where that is worth more words."""
 
     def __init__(self, url: str, patience: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise ConfigError("[storage.gateway] urls are of the form https://HOST")
-        self.name = f"gateway {parts.netloc}"
+            table = "neighbours" if self.kind == "neighbour" else self.kind
+            raise ConfigError(f"[storage.{table}] urls are of the form https://HOST")
+        self.name = f"{self.kind} {parts.netloc}"
         self._url = url.rstrip("/").removesuffix("/ipfs")
         self._host = parts.hostname
         self._patience = patience
+        self._headers: dict[str, str] = {}
         self._session: aiohttp.ClientSession | None = None
 
     async def block_get(self, cid: str) -> bytes:
@@ -81,7 +86,7 @@ class Gateway:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 taken += chunk
                 if len(taken) > MAX_BLOCK:
-                    raise FetchFailed("The gateway sends more than a block can hold.")
+                    raise FetchFailed(f"The {self.kind} sends more than a block can hold.")
             return bytes(taken)
 
     def car(self, cid: str) -> AsyncIterator[bytes]:
@@ -97,32 +102,38 @@ class Gateway:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 yield chunk
 
+    def _get(self, cid: str, kind: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._ask(f"/ipfs/{parse(cid)}", {"format": kind}, {"Accept": _KINDS[kind]})
+
     @asynccontextmanager
-    async def _get(self, cid: str, kind: str) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+    async def _ask(
+        self, path: str, query: dict[str, str], headers: dict[str, str]
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         import aiohttp
         from yarl import URL
 
         if self._session is None:
             # Not unpacked: a small answer could become a large one.
             self._session = aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
-        url = URL(f"{self._url}/ipfs/{parse(cid)}").with_query(format=kind)
-        headers = {"Accept": _KINDS[kind], "Accept-Encoding": "identity"}
+        url = URL(f"{self._url}{path}").with_query(query)
+        headers = self._headers | headers | {"Accept-Encoding": "identity"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=self._patience)
         try:
-            for _ in range(MOST_REDIRECTS):
+            for _ in range(1 + self.most_redirects):
                 async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
                     if response.status in (301, 302, 303, 307, 308):
                         url = self._elsewhere(url, response.headers.get("Location", ""))
                         continue
                     if response.status in (404, 410):
-                        raise NotFound("The gateway does not have it.", param="cid")
+                        raise NotFound(f"The {self.kind} does not have it.", param="cid")
                     if response.status != 200:
-                        raise FetchFailed(f"The gateway answered {response.status}.")
+                        usual = f"The {self.kind} answered {response.status}."
+                        raise FetchFailed(self.refusals.get(response.status, usual))
                     yield response
                     return
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            raise FetchFailed(f"The gateway cannot be reached, or broke off ({type(exc).__name__}).") from exc
-        raise FetchFailed("The gateway sends from one address to the next.")
+            raise FetchFailed(f"The {self.kind} cannot be reached, or broke off ({type(exc).__name__}).") from exc
+        raise FetchFailed(f"The {self.kind} sends from one address to the next.")
 
     def _elsewhere(self, url: object, location: str) -> URL:
         """Where a redirect leads: to the same host, or below it, as gateways do that give each CID a host."""
@@ -132,8 +143,8 @@ class Gateway:
             target = URL(str(url)).join(URL(location))
             host = target.host or ""
         except ValueError:
-            raise FetchFailed("The gateway redirects to nowhere.") from None
+            raise FetchFailed(f"The {self.kind} redirects to nowhere.") from None
         same = host == self._host or host.endswith(f".{self._host}")
         if target.scheme not in ("http", "https") or not same:
-            raise FetchFailed("The gateway redirects to another place, which is not followed.")
+            raise FetchFailed(f"The {self.kind} redirects to another place, which is not followed.")
         return target

@@ -39,6 +39,8 @@ class Repo:
     readers: frozenset[str] = frozenset()
     """Tokens that may read a gated repository."""
 
+    private: bool = False
+    license: str = ""
     sha: str = ""
     """What the Hub says its commit is, where that is not the truth."""
 
@@ -142,7 +144,9 @@ class Hub:
             siblings.append(sibling)
         name = request.match_info["repo"]
         gated = "manual" if repo.gated else False
-        return web.json_response({"id": name, "sha": repo.commit, "gated": gated, "siblings": siblings})
+        told = {"id": name, "sha": repo.commit, "gated": gated, "private": repo.private, "siblings": siblings}
+        tags = [f"license:{repo.license}"] if repo.license else []
+        return web.json_response(told | {"tags": tags})
 
     async def _tree(self, request):
         entries = []

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hfms_middleware.auth.oidc import Oidc
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+SHARED_PATHS = ("/.well-known/hfms/", "/ipfs/")
+"""Below these other hfms servers read what this one has published."""
 STRONG_LENGTH = 20
 WEAK_WORDS = ("admin", "password", "secret", "changeme", "test", "key", "hfms")
 HELD_AT_ONCE = 64
@@ -46,6 +48,7 @@ class Auth(Middleware):
         self._options = options
         self._static: list[tuple[bytes, Caller]] = []
         self._open = OPEN_PATHS | ({"/metrics"} if options.open_metrics else set())
+        self._open_below = SHARED_PATHS if options.open_shared else ()
         self._now = NeverBack()
         self._oidc: Oidc | None = None
         self._throttle = Throttle()
@@ -108,7 +111,7 @@ class Auth(Middleware):
     async def http(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.path in self._open:
+        if request.path in self._open or request.path.startswith(self._open_below):
             return await handler(request)
         caller = await self._caller(request)
         if caller is not None:

@@ -20,6 +20,7 @@ class AuthOptions:
         False, "Refuse to start without a key instead of serving everybody on loopback.", env="REQUIRE_AUTH"
     )
     open_metrics: bool = setting(False, "Let Prometheus read /metrics without a key.")
+    open_shared: bool = setting(False, "Let anybody read what share_models shares without a key.")
     store: str = setting(
         "",
         "Where `hfms keys` keeps keys: sqlite:///PATH, postgresql://... or redis://...; empty: keys.db in the state "

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 UNLIMITED_PATHS = frozenset({"/health", "/ready", "/status", "/metrics"})
 """Those who watch the server ask them, also when it can tell nobody's limit."""
+BLOCKS = "/ipfs/"
+"""Below it other servers read what this one shares: thousands of blocks for one model."""
 BYTES_PER_TOKEN = 3
 """Of a prompt that is not yet tokenised. English has more than four a token, code and Chinese about three."""
 MINUTE, DAY = 60, 86_400
@@ -69,7 +71,7 @@ class RateLimit(Middleware):
         caller = caller_of(request)
         # Of tokens nothing is taken here: it is asked what is left, so that every answer can tell.
         wants = dict.fromkeys(self._request_limits(caller), 1.0) | dict.fromkeys(self._token_limits(caller), 0.0)
-        if wants and request.path not in UNLIMITED_PATHS:
+        if wants and request.path not in UNLIMITED_PATHS and not request.path.startswith(BLOCKS):
             await self._take(owner_of(caller), wants)
         return await handler(request)
 
