@@ -29,6 +29,8 @@ log = structlog.get_logger("hfms.web")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 CLIENT_GONE = 499
+QUIET = ("/health", "/ready", "/metrics", "/ipfs/{cid}")
+"""Asked so often that their lines are for debugging alone."""
 ADDRESS = "X-Hfms-Address"
 """In requests that fronts pass on, and believed in no other: the client's address."""
 
@@ -185,7 +187,7 @@ def _account(request: web.Request, status_code: int, began: float) -> None:
     endpoint = resource.canonical if resource is not None else "unknown"
     runtime.metrics.requests.labels(endpoint, _model_label(request), str(status_code)).inc()
     runtime.metrics.duration.labels(endpoint).observe(seconds)
-    quiet = endpoint in ("/health", "/ready", "/metrics") and status_code < 500
+    quiet = endpoint in QUIET and status_code < 500
     (log.debug if quiet else log.info)(
         "request",
         method=request.method,
