@@ -148,12 +148,15 @@ class Neighbours:
         return await asyncio.to_thread(read_manifest, bytes(taken), offer, publisher)
 
     def _kept(self, name: ModelName) -> Manifest | None:
-        """What was fetched from neighbours before."""
-        for _, kept in self._models.all():
-            same = kept.name.rest == name.rest
-            if same and (kept.name.revision == name.revision or name.revision == kept.revision):
-                return msgspec.structs.replace(kept, name=name)
-        return None
+        """What was fetched from neighbours before, and last of what the name may mean."""
+        found = [
+            (self._models.folder(cid).stat().st_mtime, kept)
+            for cid, kept in self._models.all()
+            if kept.name.rest == name.rest and name.revision in (kept.name.revision, kept.revision)
+        ]
+        if not found:
+            return None
+        return msgspec.structs.replace(max(found, key=lambda f: f[0])[1], name=name)
 
 
 def _told(whys: dict[str, str]) -> str:

@@ -26,14 +26,10 @@ __all__ = ["INDEX_PATH", "add_routes"]
 INDEX_PATH = "/.well-known/hfms/index.json"
 _SHARED = web.AppKey("shared", Shared)
 _KINDS = {"raw": "application/vnd.ipld.raw", "car": "application/vnd.ipld.car"}
-_AT_ONCE = 32
-"""Archives and blocks that are read from the disk at the same time; more wait."""
-_GATE = web.AppKey("gate", asyncio.Semaphore)
 
 
 def add_routes(app: web.Application, runtime: Runtime) -> None:
     app[_SHARED] = Shared(Publications(runtime.config.state_dir))
-    app[_GATE] = asyncio.Semaphore(_AT_ONCE)
     app.router.add_get(INDEX_PATH, _index)
     app.router.add_get("/ipfs/{cid}", _block)
 
@@ -62,20 +58,18 @@ async def _block(request: web.Request) -> web.StreamResponse:
         return web.Response(status=304, headers=headers)
     # From the store that it was published to, and from no other: nobody can make this server fetch things.
     fetch = Fetch(store.sources if isinstance(store, BlockStore) else [])
-    async with request.app[_GATE]:
-        if kind == "raw":
-            return web.Response(body=await fetch.get(cid), content_type=_KINDS[kind], headers=headers)
-        response = web.StreamResponse(
-            headers=headers | {"Content-Type": f"{_KINDS[kind]}; version=1; order=dfs; dups=n"}
-        )
-        async with aclosing(walk.export(fetch, cid)) as chunks:
-            first = [await anext(chunks), await anext(chunks, b"")]  # an error still has a status of its own
-            await response.prepare(request)
-            for chunk in first:
-                await response.write(chunk)
-            async for chunk in chunks:
-                await response.write(chunk)
-        await response.write_eof()
+    if kind == "raw":
+        return web.Response(body=await fetch.get(cid), content_type=_KINDS[kind], headers=headers)
+    headers["Content-Type"] = f"{_KINDS[kind]}; version=1; order=dfs; dups=n"
+    response = web.StreamResponse(headers=headers)
+    async with aclosing(walk.export(fetch, cid)) as chunks:
+        first = [await anext(chunks), await anext(chunks, b"")]  # an error still has a status of its own
+        await response.prepare(request)
+        for chunk in first:
+            await response.write(chunk)
+        async for chunk in chunks:
+            await response.write(chunk)
+    await response.write_eof()
     return response
 
 
