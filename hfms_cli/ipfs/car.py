@@ -14,6 +14,7 @@ from hfms_cli.ipfs.cid import MAX_BLOCK, Cid, decode, varint
 __all__ = ["CarReader", "car_header", "car_section"]
 
 LONGEST_HEADER = 2**16
+LONGEST_CID = 256
 LONGEST_SECTION = MAX_BLOCK + 2**10
 
 
@@ -56,12 +57,13 @@ class CarReader:
     async def blocks(self) -> AsyncGenerator[tuple[Cid, bytes], None]:
         """Names and blocks, as the stream has them."""
         while (size := await self._varint(LONGEST_SECTION)) is not None:
-            section = await self._take(size)
+            await self._need(size)
             try:
-                cid, end = decode(section)
+                cid, end = decode(bytes(self._buffer[: min(size, LONGEST_CID)]))
             except (ValueError, IndexError) as exc:
                 raise FetchFailed("The CAR holds a block whose CID cannot be checked.") from exc
-            yield cid, section[end:]
+            del self._buffer[:end]
+            yield cid, await self._take(size - end)
 
     async def _more(self) -> bool:
         chunk = await anext(self._chunks, None)
@@ -86,10 +88,14 @@ class CarReader:
             raise FetchFailed("The CAR holds a block that is too large, or is no CAR.")
         return number
 
-    async def _take(self, size: int) -> bytes:
+    async def _need(self, size: int) -> None:
         while len(self._buffer) < size:
             if not await self._more():
                 raise FetchFailed("The CAR is cut off.")
-        taken = bytes(self._buffer[:size])
+
+    async def _take(self, size: int) -> bytes:
+        await self._need(size)
+        with memoryview(self._buffer) as view:  # a slice of the buffer would be one more copy
+            taken = bytes(view[:size])
         del self._buffer[:size]
         return taken

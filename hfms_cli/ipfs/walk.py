@@ -12,7 +12,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 from hfms_cli.errors import BadRequest, Conflict, FetchFailed, NotFound, VerifyFailed
 from hfms_cli.ipfs import cbor
@@ -33,6 +33,14 @@ _FILE = (Kind.FILE, Kind.RAW)
 
 Progress = Callable[[int, int], None]
 """Bytes so far and bytes in all."""
+
+
+class Hash(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
 Have = Callable[[Cid, int, int | None], Awaitable[bytes | None]]
 """A block that is here already: its CID, where it begins in the file, and how long it is there (None: the whole)."""
 
@@ -193,9 +201,15 @@ async def _make_folders(fetch: Fetch, cid: Cid, draft: Path) -> None:
 
 
 async def write_file(
-    fetch: Fetch, entry: Entry, path: Path, wrote: Callable[[int], None], *, resume: bool = False
+    fetch: Fetch,
+    entry: Entry,
+    path: Path,
+    wrote: Callable[[int], None],
+    *,
+    resume: bool = False,
+    hashed: Hash | None = None,
 ) -> None:
-    """Write one file. wrote: told of the bytes. Raises OSError, FetchFailed.
+    """Write one file. wrote: told of the bytes. hashed: fed with them. Raises OSError, FetchFailed.
 
     resume: the file may be there already, in part or with wrong bytes; blocks that are right in their place stay, and
     are not fetched. Otherwise it must not be there.
@@ -214,20 +228,27 @@ async def write_file(
                 return block
             return None
 
-        held: list[tuple[int, bytes]] = []
+        def write(at: int, pieces: list[bytes]) -> None:
+            for piece in pieces:
+                if hashed is not None:
+                    hashed.update(piece)
+                if at not in right:
+                    _write(file, at, piece)
+                at += len(piece)
+
+        held: list[bytes] = []
         at = size = 0
         async with aclosing(cat(fetch, _cid(entry), have if there else None)) as pieces:
             async for piece in pieces:
-                if at not in right:
-                    held.append((at, piece))
-                at += len(piece)
+                held.append(piece)
                 size += len(piece)
                 if size >= _WRITE:
-                    await asyncio.to_thread(_write_all, file, held)
+                    await asyncio.to_thread(write, at, held)
                     wrote(size)
+                    at += size
                     held, size = [], 0
-        await asyncio.to_thread(_write_all, file, held)
-        file.truncate(at)
+        await asyncio.to_thread(write, at, held)
+        file.truncate(at + size)
         wrote(size)
 
 
@@ -238,12 +259,11 @@ def _opened(path: Path, resume: bool) -> BinaryIO:
     return path.open("r+b", buffering=0)
 
 
-def _write_all(file: BinaryIO, pieces: list[tuple[int, bytes]]) -> None:
-    for at, piece in pieces:
-        left = memoryview(piece)
-        while left:
-            done = os.pwrite(file.fileno(), left, at)
-            left, at = left[done:], at + done
+def _write(file: BinaryIO, at: int, piece: bytes) -> None:
+    left = memoryview(piece)
+    while left:
+        done = os.pwrite(file.fileno(), left, at)
+        left, at = left[done:], at + done
 
 
 async def _children(fetch: Fetch, cid: Cid, node: Node, depth: int = 0) -> list[Link]:

@@ -129,9 +129,10 @@ async def _write(fetch: Fetch, chosen: Mapping[str, Entry], target: Path, progre
 
     progress(0, total)
     for path, entry in chosen.items():
-        await walk.write_file(fetch, entry, target / path, wrote, resume=True)
+        hashed = hashlib.sha256()
+        await walk.write_file(fetch, entry, target / path, wrote, resume=True, hashed=hashed)
         os.utime(target.parent)  # so that nobody takes it for abandoned
-        files.append(ModelFile(path, entry.size, await asyncio.to_thread(_sha256, target / path)))
+        files.append(ModelFile(path, entry.size, hashed.hexdigest()))
     return tuple(files)
 
 
@@ -142,11 +143,6 @@ def _refuse_other_files(manifest: Manifest, files: Sequence[ModelFile], draft: P
         if file.sha256 != known.get(file.path, file.sha256):
             shutil.rmtree(draft, ignore_errors=True)
             raise VerifyFailed(f"`{file.path}` has not the SHA-256 that its manifest says.")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _refuse_what_does_not_fit(chosen: Mapping[str, Entry], draft: Path) -> None:

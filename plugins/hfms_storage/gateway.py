@@ -114,7 +114,9 @@ class Gateway:
 
         if self._session is None:
             # Not unpacked: a small answer could become a large one.
-            self._session = aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
+            self._session = aiohttp.ClientSession(
+                auto_decompress=False, read_bufsize=_CHUNK, cookie_jar=aiohttp.DummyCookieJar()
+            )
         url = URL(f"{self._url}{path}").with_query(query)
         headers = self._headers | headers | {"Accept-Encoding": "identity"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=self._patience)

@@ -181,7 +181,7 @@ class Rpc:
             query["timeout"] = f"{max(1, round(self._patience))}s"  # else a node looks for what is missing for ever
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self._patience)
         if self._session is None:
-            self._session = aiohttp.ClientSession()
+            self._session = aiohttp.ClientSession(read_bufsize=_CHUNK)
         try:
             url = f"{self._url}/api/v0/{command}"
             async with self._session.post(
