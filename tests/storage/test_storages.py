@@ -151,7 +151,7 @@ def test_the_storages_come_in_by_the_entry_point():
     plugins.add(info, hfms_storage)
     assert (info.error, plugins.names("storage")) == (
         None,
-        ["local", "package", "ipfs_kit", "hf_cache", "kubo", "gateway"],
+        ["local", "package", "ipfs_kit", "hf_cache", "kubo", "gateway", "neighbours"],
     )
 
 
