@@ -6,6 +6,8 @@ import asyncio
 
 import psutil
 
+from hfms_cli.ipfs import parse
+
 CHAT = {"model": "echo:a", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -101,17 +103,19 @@ async def test_unloading_waits_for_the_call_in_flight(serve):
 async def test_status_tells_how_each_source_of_what_has_a_cid_is(serve):
     async with serve("echo:a", toml='[storage]\norder = ["echo", "hf_cache", "kubo"]') as server:
         cid, _ = await server.runtime.router.content.add_bytes(b"x", pin=False)
+        await server.runtime.router.content.fetch().get(parse(cid))
         _, status = await server.get("/status")
         assert status["storage"] == {
             "order": ["echo", "hf_cache", "kubo"],
             "content": [
-                {"name": "hf_cache", "failures": 0, "error": None},
-                {"name": "kubo", "failures": 0, "error": None},
+                {"name": "hf_cache", "failures": 0, "error": None, "served_blocks": 1, "served_bytes": 1},
+                {"name": "kubo", "failures": 0, "error": None, "served_blocks": 0, "served_bytes": 0},
             ],
         }
         async with server.session.get(f"{server.url}/metrics") as response:
             told = await response.text()
         assert 'operation="add_bytes"' in told
+        assert 'hfms_storage_bytes_total{backend="hf_cache"} 1.0' in told
         assert cid.startswith("bafkrei")
 
 
