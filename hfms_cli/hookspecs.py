@@ -105,7 +105,13 @@ class Provider(Generic[T]):
 class Storage(Protocol):
     """A place that models come from. Every method may raise an HfmsError, and nothing else.
 
-    A storage may also have `terms(manifest) -> Awaitable[Terms]`: under what terms a model of its may be passed on.
+    A storage may also have
+    - `hashed() -> Iterable[tuple[Path, os.stat_result, str]]`: files that it hashed while it fetched them, as they were
+      then, with the SHA-256 (or git's SHA-1) that it found. They are not read once more;
+    - `discard(manifest, paths)`: a coroutine that deletes some of a model's files, so that `fetch` brings just them;
+    - `peek(manifest, path, first, count) -> bytes`: a coroutine; some bytes of a file that need not be on this disk;
+    - `terms(manifest) -> Terms`: a coroutine; under what terms a model of its may be passed on;
+    - `leftovers() -> Iterable[Leftover]`: what lies on this disk and nothing refers to.
     """
 
     name: str

@@ -331,6 +331,21 @@ class Terms(Struct, frozen=True):
     """Why not everybody may have it, for people; empty: everybody may."""
 
 
+class Leftover(Struct, frozen=True, kw_only=True):
+    """Something on this disk that nothing refers to any more."""
+
+    about: str
+    """What it is, for people."""
+    size: int
+    """Bytes that its end gives back."""
+    age_seconds: float
+    """Since it was last written."""
+    paths: tuple[str, ...]
+    """Files and folders, absolute; together they are the whole of it."""
+    model: ModelName | None = None
+    """The model that it is, or was to become, where that is known."""
+
+
 class ModelCard(Struct, frozen=True, kw_only=True):
     """What a model's own files say of it, read without torch."""
 

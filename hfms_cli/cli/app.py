@@ -10,7 +10,7 @@ import typer
 import typer.core
 import typer.main
 
-from hfms_cli.cli import bench, chat, config, doctor, hardware, ipfs, models, plugins, publisher
+from hfms_cli.cli import bench, chat, config, conformance, doctor, hardware, ipfs, models, plugins, publisher
 from hfms_cli.cli.client import Unreachable
 from hfms_cli.cli.output import printable
 from hfms_cli.cli.serve import serve

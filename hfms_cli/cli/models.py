@@ -108,6 +108,12 @@ def rm(name: ModelArgument, force: Force = False, config: ConfigFile = None, as_
 
 app.command()(publish)
 app.command()(unpublish)
+app.command()(plan)
+app.command()(verify)
+app.command()(gc)
+app.command()(pin)
+app.command()(unpin)
+app.command()(alias)
 app.command()(tune)
 app.command()(discover_models)
 

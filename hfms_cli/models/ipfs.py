@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
 from hfms_cli.model_files import SeveralModels, choose, gguf_models, no_model
 from hfms_cli.models.content import Content
-from hfms_cli.models.kept import Kept
-from hfms_cli.types import Manifest, ModelFile, ModelName
+from hfms_cli.models.kept import Hashed, Kept
+from hfms_cli.types import Leftover, Manifest, ModelFile, ModelName
 
 __all__ = ["IpfsModels", "cache_folder"]
 
@@ -71,6 +71,12 @@ class IpfsModels:
 
     async def remove(self, manifest: Manifest) -> None:
         self._models.remove(parse(manifest.revision), manifest.name)
+
+    def hashed(self) -> Iterable[Hashed]:
+        return self._models.hashed()
+
+    def leftovers(self) -> Iterable[Leftover]:
+        return self._models.leftovers("a broken pull from IPFS")
 
     async def _resolve(self, fetch: Fetch, name: ModelName) -> Cid:
         if name.revision:

@@ -24,9 +24,12 @@ import msgspec
 from hfms_cli.errors import BadRequest, FetchFailed, ModelNotFound, VerifyFailed
 from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
-from hfms_cli.types import Manifest, ModelFile, ModelName
+from hfms_cli.types import Leftover, Manifest, ModelFile, ModelName
 
-__all__ = ["Kept"]
+__all__ = ["Hashed", "Kept"]
+
+Hashed = tuple[Path, os.stat_result, str]
+"""A file, how it was when it was hashed, and its SHA-256."""
 
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change, after which what is not whole is deleted."""
@@ -37,6 +40,7 @@ class Kept:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._hashed: list[Hashed] = []
 
     def folder(self, cid: Cid) -> Path:
         return self.root / str(cid)
@@ -87,9 +91,30 @@ class Kept:
                 whole = msgspec.structs.replace(manifest, files=files)
                 (draft / "manifest.json").write_bytes(msgspec.json.encode(whole))
                 await asyncio.to_thread(self._put, draft, cid)
+                self._hashed += [
+                    (path, path.stat(), f.sha256)
+                    for f in files
+                    if f.sha256 and (path := (self.folder(cid) / "files" / f.path).resolve())
+                ]
         except OSError as exc:
             raise FetchFailed(f"The cache of models cannot be written: {exc.strerror}.") from exc
         return self.folder(cid) / "files"
+
+    def hashed(self) -> list[Hashed]:
+        """What was hashed while it was written, since this was last asked."""
+        taken, self._hashed = self._hashed, []
+        return taken
+
+    def leftovers(self, about: str) -> Iterator[Leftover]:
+        """What fetches that ended early have left."""
+        for left in self.root.glob(".fetch-*"):
+            with suppress(FileNotFoundError):
+                yield Leftover(
+                    about=about,
+                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
+                    age_seconds=time.time() - left.stat().st_mtime,
+                    paths=(str(left),),
+                )
 
     @asynccontextmanager
     async def _draft(self, cid: Cid) -> AsyncGenerator[Path, None]:

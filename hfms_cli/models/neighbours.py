@@ -8,7 +8,7 @@ should be is refused, and another storage is asked; nothing makes hfms take it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +21,10 @@ from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Entry, parse, walk
 from hfms_cli.models.content import Content
 from hfms_cli.models.index import Clock, Offer, Seen, read_index, utc_now
-from hfms_cli.models.kept import Kept
+from hfms_cli.models.kept import Hashed, Kept
 from hfms_cli.models.publish import SIGNATURE_FILE, PublishedManifest, read_manifest
 from hfms_cli.models.trust import Trust
-from hfms_cli.types import Manifest, ModelFile, ModelName
+from hfms_cli.types import Leftover, Manifest, ModelFile, ModelName
 
 __all__ = ["Neighbours", "Offering"]
 
@@ -116,6 +116,12 @@ class Neighbours:
 
     async def remove(self, manifest: Manifest) -> None:
         self._models.remove(parse(manifest.source.removeprefix("ipfs://")), manifest.name)
+
+    def hashed(self) -> Iterable[Hashed]:
+        return self._models.hashed()
+
+    def leftovers(self) -> Iterable[Leftover]:
+        return self._models.leftovers("a broken pull from a neighbour")
 
     async def _offered(self, raw: bytes, name: ModelName) -> Manifest | None:
         """What an index has for a name; None where it has nothing. Raises VerifyFailed, FetchFailed, NotFound."""

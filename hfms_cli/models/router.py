@@ -28,8 +28,9 @@ from hfms_cli.models.content import Content, is_content_store
 from hfms_cli.models.index import Seen
 from hfms_cli.models.ipfs import IpfsModels, cache_folder
 from hfms_cli.models.neighbours import Neighbours, Offering
+from hfms_cli.models.pins import Pins
 from hfms_cli.models.trust import Trust
-from hfms_cli.models.verify import RECEIPTS, Receipts, verify
+from hfms_cli.models.verify import RECEIPTS, Receipts, examine, verify
 from hfms_cli.plugins import Plugins
 from hfms_cli.types import Manifest, ModelName
 
@@ -247,7 +248,13 @@ def open_router(config: Config, plugins: Plugins, *, observe: Observe | None = N
             models.append(_neighbours(config, storage, content))
         if not is_content_store(storage) or hasattr(storage, "find"):
             models.append(storage)
-    return Router(models, content=content, receipts=Receipts(config.state_dir / RECEIPTS), observe=observe)
+    return Router(
+        models,
+        content=content,
+        receipts=Receipts(config.state_dir / RECEIPTS),
+        observe=observe,
+        pins=Pins(config.state_dir),
+    )
 
 
 def _neighbours(config: Config, offering: Offering, content: Content) -> Neighbours:

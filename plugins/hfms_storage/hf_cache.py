@@ -147,6 +147,59 @@ class HfCache(BlockFolder):
         """What the Hub says of a model's licence, and of who may have it."""
         return await asyncio.to_thread(self._terms, manifest)
 
+    async def peek(self, manifest: Manifest, path: str, first: int, count: int) -> bytes:
+        """Some bytes of a file, which is not fetched for that; unproven, as no hash is of a part."""
+        repo = manifest.name.rest.partition(":")[0]
+        (file,) = (f for f in manifest.files if f.path == path)
+        hub = _Repository(self._api, repo, manifest.revision)
+
+        def read() -> bytes:
+            try:
+                return read_part(hub, _blob(file), first, count)
+            except Exception as exc:
+                raise _explained(exc, repo) from exc
+
+        return await asyncio.to_thread(read)
+
+    async def discard(self, manifest: Manifest, paths: Sequence[str]) -> None:
+        """Delete files of a model, and the blobs that they are."""
+        await asyncio.to_thread(self._discard, manifest, paths)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What broken pulls have left, blobs without a name, and revisions that no branch or tag means any more."""
+        for repo in sorted(self.root.glob("models--*--*")) if self.root.is_dir() else ():
+            name = ModelName("", repo.name.removeprefix("models--").replace("--", "/"))
+            links = [p for p in repo.glob("snapshots/*/**/*") if p.is_symlink()]
+            used = {Path(os.path.normpath(p.parent / p.readlink())) for p in links}
+            for blob in sorted(repo.glob("blobs/*")):
+                broken = blob.name.endswith((SUFFIX, ".incomplete"))
+                if blob in used or (broken and self._is_fetched(repo.name, blob.name.partition(".")[0])):
+                    continue
+                about = f"a broken pull of {name}" if broken else f"a file that no revision of {name} has"
+                with suppress(FileNotFoundError):  # a pull has completed meanwhile
+                    yield _leftover(about, [blob], model=name)
+        cache = self._scan()
+        for cached in sorted(cache.repos if cache else (), key=lambda r: r.repo_id):
+            named = [r for r in cached.revisions if r.refs]
+            for info in (r for r in cached.revisions if named and not r.refs and cached.repo_type == "model"):
+                gone = cache.delete_revisions(info.commit_hash) if cache else None
+                if gone is not None:
+                    yield Leftover(
+                        about=f"{cached.repo_id}@{info.commit_hash[:12]}, which no branch or tag means any more",
+                        size=gone.expected_freed_size,
+                        age_seconds=time.time() - info.last_modified,
+                        paths=tuple(map(str, [*sorted(gone.snapshots), *sorted(gone.blobs)])),
+                        model=ModelName("", cached.repo_id, info.commit_hash),
+                    )
+
+    def _is_fetched(self, repo: str, blob: str) -> bool:
+        """Whether somebody fetches a blob now."""
+        try:
+            with locked(self.root / ".locks" / repo, [blob], lambda: None, _AT_ONCE):
+                return False
+        except (Stopped, OSError):
+            return True
+
     # On the Hub.
 
     @property
