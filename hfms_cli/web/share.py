@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from typing import Literal
 
 from aiohttp import web
+from msgspec import Struct
 
 from hfms_cli.errors import BadRequest, Forbidden, NotFound
 from hfms_cli.hookspecs import ContentStore
@@ -20,6 +22,7 @@ from hfms_cli.ipfs import BlockStore, Cid, Fetch, parse, walk
 from hfms_cli.models.publications import Publications, Shared
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.web.context import RUNTIME, caller_of
+from hfms_cli.web.operation import operation
 
 __all__ = ["INDEX_PATH", "add_routes"]
 
@@ -34,7 +37,9 @@ def add_routes(app: web.Application, runtime: Runtime) -> None:
     app.router.add_get("/ipfs/{cid}", _block)
 
 
+@operation("Sharing", "application/json", errors=(403, 404))
 async def _index(request: web.Request) -> web.StreamResponse:
+    """What was published here, as a signed index in a DSSE envelope."""
     shared, caller = request.app[_SHARED], caller_of(request)
     offers = await asyncio.to_thread(shared.offers)
     if not all(caller.may_use(offer.name) for offer in offers):
@@ -45,7 +50,16 @@ async def _index(request: web.Request) -> web.StreamResponse:
     return web.Response(body=raw, content_type="application/json", headers={"Cache-Control": "no-store"})
 
 
+class BlockQuery(Struct):
+    """The query of a block."""
+
+    format: Literal["raw", "car"] | None = None
+    """One block, or an archive of all below it; without it the Accept header says."""
+
+
+@operation("Sharing", "application/vnd.ipld.raw", query=BlockQuery, errors=(400, 404))
 async def _block(request: web.Request) -> web.StreamResponse:
+    """A block, or all blocks below one, of what was published here."""
     cid, kind = parse(request.match_info["cid"]), _kind(request)
     store = await _holder(request, cid)
     headers = {

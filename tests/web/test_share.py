@@ -86,6 +86,14 @@ async def test_blocks_and_archives_of_what_is_published_are_served_as_a_gateway_
             assert parse(file.cid) in held
 
 
+async def test_the_document_of_the_api_has_both_routes(sharing):
+    async with sharing() as (server, _):
+        _, document = await server.get("/openapi.json")
+        block = document["paths"]["/ipfs/{cid}"]["get"]
+        assert {p["name"] for p in block["parameters"]} >= {"cid", "format"}
+        assert INDEX_PATH in document["paths"]
+
+
 async def test_only_what_was_published_is_served_also_of_what_lies_beside_it(sharing):
     async with sharing() as (server, _):
         store = server.runtime.router.content.named("hf_cache")
