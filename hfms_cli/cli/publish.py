@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument
-from hfms_cli.cli.output import human_bytes, print_json, printable
+from hfms_cli.cli.output import print_json, printable
 from hfms_cli.cli.progress import pulling
 from hfms_cli.config import Config, load_config
 from hfms_cli.errors import Forbidden
 from hfms_cli.plugins import discover
+from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Terms
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from hfms_cli.cli.options import AsJson, ConfigFile
-from hfms_cli.cli.output import human_bytes, print_json, print_table, printable
+from hfms_cli.cli.output import print_json, print_table, printable
 from hfms_cli.config import load_config
 from hfms_cli.errors import NotFound
+from hfms_cli.sizes import human_bytes
 
 app = typer.Typer(help="The key that signs what is published, and the keys that are trusted.", no_args_is_help=True)
 
