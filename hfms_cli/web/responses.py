@@ -189,13 +189,14 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
             "structure": self._structure(),
         }
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages += self._messages()
+        if not messages:
+            raise BadRequest("`input` holds reasoning alone; add a message.", param="input")
         return Call(
             id=call_id,
             model=self.model,
             task="generate",
-            inputs=[
-                Conversation(messages=messages + self._messages(), template_kwargs=self.chat_template_kwargs or None)
-            ],
+            inputs=[Conversation(messages=messages, template_kwargs=self.chat_template_kwargs or None)],
             sampling=Sampling(**{k: v for k, v in chosen.items() if v is not None}),  # type: ignore[arg-type]
             caller=caller,
         )

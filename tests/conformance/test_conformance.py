@@ -17,7 +17,6 @@ from hfms_cli.conformance.suite import Colour, Verdict, all_checks, judge
 from tests.conftest import MINILM, SMOLLM2
 
 KEY = "k-0123456789abcdefghijkl"
-WITHOUT_KEY = {"no key is 401, where the server has keys"}
 
 
 async def verdicts_of(server: Server) -> dict[str, Verdict]:

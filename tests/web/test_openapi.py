@@ -199,6 +199,7 @@ CALLS = [
 ]
 WRONG = [
     ("POST", "/v1/chat/completions", {"model": "echo:a"}, 400),
+    ("POST", "/v1/responses", {"model": "echo:a", "input": [{"type": "reasoning", "summary": []}]}, 400),
     ("POST", "/v1/chat/completions", {"model": "nobody:a", "messages": MESSAGES}, 404),
     ("GET", "/v1/models/nobody", None, 404),
     ("GET", "/admin/keys/aaaaaaaaaaaa", None, 404),

@@ -15,7 +15,9 @@ async def lists(server: Server) -> None:
 
 @check("models", "marks each entry as a model, with owner and time")
 async def marks(server: Server) -> None:
-    for model in (await server.get("/v1/models")).ok()["data"]:
+    listed = (await server.get("/v1/models")).ok()["data"]
+    expect(listed, "no model is listed")
+    for model in listed:
         expect(model.get("object") == "model", f"`object` is {model.get('object')!r}")
         expect(isinstance(model.get("created"), int), f"`created` is {model.get('created')!r}")
         expect(isinstance(model.get("owned_by"), str), f"`owned_by` is {model.get('owned_by')!r}")
