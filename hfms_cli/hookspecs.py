@@ -374,7 +374,7 @@ class Middleware:
     """Stands around the HTTP handler, around the call, or both. Override what you need; the rest costs nothing.
 
     With `[server] workers` above 1 there are several processes: the owner, which has the models, and further fronts.
-    `call` runs in the owner, whichever front a request came to, and so do `status` and `routes`: what is kept there in
+    `call` runs in the owner, whichever front a request came to, and so do `status` and `routes`: what they keep in
     memory is one truth. `http` runs in the process that the request came to, with a middleware of its own (`check`,
     `metrics` and `close` go with it); what it must share is for methods marked `in_owner`.
     """
