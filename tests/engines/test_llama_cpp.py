@@ -101,7 +101,7 @@ def test_it_tells_tokens_their_text_and_its_vocabulary(model):
     assert told.ids == model._tokenize("日本 is")
     assert len(told.names) == len(told.ids)
     assert model.ask(TextOf(told.ids)).text == "日本 is"
-    assert model.ask(TokensOf(HELLO)).ids == model._tokens(HELLO)
+    assert model.ask(TokensOf(HELLO)).ids == model._tokenize(model._chat(HELLO))
     about = model.ask(VocabularyOf())
     assert (about.size, about.eos_token) == (49152, "<|im_end|>")
     assert "<|im_start|>" in about.chat_template
