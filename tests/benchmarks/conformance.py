@@ -70,7 +70,11 @@ async def ask(peer: Peer, cache: Path, out: Path) -> dict[str, Any]:
 
     try:
         await process.ready(answers)
-        async with Server(url, start.model, embedding_model=EMBEDDINGS if ours else None) as server:
+        async with Client(url) as client:
+            names = await client.models()
+        # hfms is started with a path, and lists the model by a name.
+        model = start.model if start.model in names else next(name for name in names if name != EMBEDDINGS)
+        async with Server(url, model, embedding_model=EMBEDDINGS if ours else None) as server:
             checks = []
             async for check, (verdict,) in judge(all_checks(), [server]):
                 say(peer.name, check.group, check.name, verdict.colour, verdict.why)
