@@ -31,6 +31,7 @@ from hfms_cli.errors import (
 )
 from hfms_cli.hookspecs import (
     ContentStore,
+    Draft,
     Engine,
     Exchange,
     Hardware,
@@ -131,6 +132,7 @@ __all__ = [
     "DeadlineExceeded",
     "Device",
     "DoesNotFit",
+    "Draft",
     "Engine",
     "EngineDied",
     "EngineFault",

@@ -91,6 +91,9 @@ class ModelsConfig:
         env="QUANTIZE",
         choices=("auto", "none", "int8", "int4"),
     )
+    draft_models: dict[str, str] = setting(
+        dict, "Smaller models of the same vocabulary that guess for larger ones: model = draft model."
+    )
     profile: str = setting(
         "auto",
         "Which of the choices of `hfms models tune` to load a model by; auto: throughput, else latency.",

@@ -214,6 +214,14 @@ class Hardware(Protocol):
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A smaller model with the same vocabulary, which guesses what a larger one will say."""
+
+    folder: Path
+    card: ModelCard
+
+
+@dataclass(frozen=True)
 class LoadRequest:
     """What an engine is to load. Built in the front, used in the worker process."""
 
@@ -224,6 +232,8 @@ class LoadRequest:
     trust_remote_code: bool = False
     quantize: Quantize = "auto"
     """auto: what the engine's own options say."""
+    draft: Draft | None = None
+    """For engines that say that they take one (`drafts`)."""
     report: Report = report_nothing
     """`Engine.load` may tell here what it does; until it does, that is `load`."""
 
@@ -267,6 +277,7 @@ class Engine(Protocol):
 
     An engine may also have
     - `quantizes`: which of `int8` and `int4` it can make of a model's weights; without it, it is asked for neither;
+    - `drafts`: true where it can use `LoadRequest.draft`; without it, it is never given one;
     - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
     - `footprint(request) -> Footprint`: what its estimate is made of;
     - `leftovers() -> Iterable[Leftover]`: what it keeps on this disk and does not need any more;

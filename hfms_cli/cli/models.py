@@ -225,6 +225,9 @@ def load(
     dtype: Annotated[str | None, typer.Option(help="Precision of the weights.")] = None,
     replicas: Annotated[int | None, typer.Option(help="How many engine processes; calls go to the least busy.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Bits of the weights: auto, none, int8 or int4.")] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary that guesses for it.")
+    ] = None,
     alias: Annotated[str | None, typer.Option(help="One more name for it.")] = None,
     pinned: Annotated[
         bool | None, typer.Option("--pinned/--not-pinned", help="Never unload it to make room, nor when idle.")
@@ -240,6 +243,7 @@ def load(
         "dtype": dtype,
         "quantize": quantize,
         "replicas": replicas,
+        "draft_model": draft_model,
         "alias": alias,
         "pinned": pinned,
         "idle_seconds": idle_seconds,

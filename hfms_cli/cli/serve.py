@@ -33,6 +33,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Engine processes of each model.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Bits of weights: auto, none, int8 or int4.")] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary that guesses for those given here."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="What `hfms models tune` was to find: auto, latency or throughput.")
     ] = None,
@@ -51,6 +55,7 @@ def serve(
             "serve": models or None,
             "dtype": dtype,
             "quantize": quantize,
+            "draft_models": dict.fromkeys(models, draft_model) if models and draft_model else None,
             "profile": profile,
             "replicas": replicas,
         },

@@ -119,6 +119,7 @@ class EngineHost:
                     dtype=request.dtype,
                     quantize=request.quantize,
                     trust_remote_code=request.trust_remote_code,
+                    draft=(str(request.draft.folder), request.draft.card) if request.draft else None,
                     options=options.engine_options,
                     config_file=options.config_file,
                     disabled_plugins=options.disabled_plugins,

@@ -28,6 +28,8 @@ class Load(Struct, tag=True, kw_only=True):
     dtype: str
     quantize: Quantize
     trust_remote_code: bool
+    draft: tuple[str, ModelCard] | None
+    """Folder and card of a draft model."""
     options: dict[str, Any]
     """The table `[engine.<name>]`, unread."""
     config_file: str

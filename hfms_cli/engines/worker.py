@@ -24,7 +24,7 @@ from hfms_cli.config import Config, PluginsConfig
 from hfms_cli.engines import wire
 from hfms_cli.engines.resident import tree_bytes
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
-from hfms_cli.hookspecs import LoadedModel, LoadRequest
+from hfms_cli.hookspecs import Draft, LoadedModel, LoadRequest
 from hfms_cli.plugins import discover
 from hfms_cli.types import Chunk, Question
 
@@ -94,6 +94,7 @@ def load(order: wire.Load, link: Link) -> LoadedModel:
         dtype=order.dtype,
         quantize=order.quantize,
         trust_remote_code=order.trust_remote_code,
+        draft=Draft(Path(order.draft[0]), order.draft[1]) if order.draft else None,
         report=lambda phase, done=None: link.send(wire.Phase(phase, done)),
     )
     engine = plugins.create("engine", order.engine, config)

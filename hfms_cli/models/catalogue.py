@@ -62,6 +62,7 @@ class Loading:
     engine: str | None = setting(None, "The engine that is to run it.")
     dtype: str | None = setting(None, "Precision.", choices=("auto", "float32", "bfloat16", "float16"))
     quantize: str | None = setting(None, "Bits of weights.", choices=("auto", "none", "int8", "int4"))
+    draft_model: str | None = setting(None, "A smaller model of the same vocabulary that guesses for it.")
     replicas: int | None = setting(None, "Engine processes.", ge=1, le=256)
     pinned: bool = setting(False, "It is not unloaded to make room, nor when idle.")
     idle_seconds: float | None = setting(None, "It is unloaded when nobody has called it for so long; 0: never.", ge=0)
@@ -89,7 +90,7 @@ class Entry:
     def wishes(self, usual: int) -> tuple[Wish, ...]:
         """One for each replica. usual: how many there are where nothing is said."""
         load = self.loading
-        wish = Wish(load.hardware, load.engine, load.dtype, cast("Quantize | None", load.quantize))
+        wish = Wish(load.hardware, load.engine, load.dtype, cast("Quantize | None", load.quantize), load.draft_model)
         return (wish,) * (load.replicas or usual)
 
 

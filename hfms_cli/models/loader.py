@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
 from hfms_cli.errors import BadRequest, DoesNotFit, LoadFailed, UnsafeFormat
-from hfms_cli.hookspecs import Engine, Hardware, LoadRequest, Progress, Report, report_nothing
+from hfms_cli.hookspecs import Draft, Engine, Hardware, LoadRequest, Progress, Report, report_nothing
+from hfms_cli.models import names
 from hfms_cli.models.inspect import inspect
 from hfms_cli.models.ledger import Ledger, Reservation
 from hfms_cli.models.router import Router
@@ -37,6 +38,8 @@ class Wish:
     engine: str | None = None
     dtype: str | None = None
     quantize: Quantize | None = None
+    draft: str | None = None
+    """The name of a draft model."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Fetched:
     manifest: Manifest
     folder: Path
     card: ModelCard
+    drafts: Mapping[Wish, Draft] = field(default_factory=dict)
+    """Draft models for the replicas that are to have one."""
 
 
 @dataclass
@@ -110,14 +115,28 @@ class Loader:
         self, name: ModelName, wishes: Sequence[Wish], progress: Progress, report: Report = report_nothing
     ) -> list[Placement]:
         """Fetch, verify and read the model, then choose for each replica. Loads nothing. Raises HfmsError."""
-        return self.arrange(await self.fetch(name, progress, report), wishes)
+        return self.arrange(await self.fetch(name, wishes, progress, report), wishes)
 
-    async def fetch(self, name: ModelName, progress: Progress, report: Report = report_nothing) -> Fetched:
-        """Have the model on this disk, verify and read it. Raises HfmsError."""
-        manifest, folder = await self.router.pull(name, progress, report)
-        card = inspect(folder, [f.path for f in manifest.files])
-        self._refuse_unsafe(card)
-        return Fetched(manifest, folder, card)
+    async def fetch(
+        self, name: ModelName, wishes: Sequence[Wish], progress: Progress, report: Report = report_nothing
+    ) -> Fetched:
+        """Have the model on this disk, with its draft models; verify and read them. Raises HfmsError."""
+
+        async def read(wanted: ModelName) -> Fetched:
+            manifest, folder = await self.router.pull(wanted, progress, report)
+            card = inspect(folder, [f.path for f in manifest.files])
+            self._refuse_unsafe(card)
+            return Fetched(manifest, folder, card)
+
+        fetched = await read(name)
+        configured = self._config.models.draft_models
+        usual = configured.get(str(name)) or configured.get(names.served_id(name))
+        drafts = {}
+        for wish in set(wishes):
+            if draft := wish.draft or usual:
+                found = await read(names.parse(draft))
+                drafts[wish] = Draft(found.folder, found.card)
+        return dataclasses.replace(fetched, drafts=drafts)
 
     def arrange(
         self,
@@ -225,6 +244,7 @@ class Loader:
             there = ", ".join(e.name for e in self._engines)
             raise BadRequest(f"There is no engine `{wish.engine}` here; engines: {there}.", param="engine")
         dtype, quantize = self.asked(wish)
+        draft = fetched.drafts.get(wish)
         fitting: list[Candidate] = []
         too_large: list[Candidate] = []
         reasons = []
@@ -234,7 +254,7 @@ class Loader:
             there_is = self.ledger.available(device) + freed.get(device.memory, 0)
             device = replace(device, free_bytes=max(0, there_is - taken))
             for engine in engines:
-                if reason := _why_not(engine, card, device, quantize):
+                if reason := _why_not(engine, card, device, quantize, draft):
                     reasons.append(f"{engine.name} on {device.id}: {reason}")
                     continue
                 request = LoadRequest(
@@ -244,6 +264,7 @@ class Loader:
                     dtype=dtype,
                     trust_remote_code=self._config.models.trust_remote_code,
                     quantize=quantize,
+                    draft=draft,
                 )
                 candidate = Candidate(engine, request, self._size(fetched.manifest, engine, request))
                 (fitting if candidate.size <= device.free_bytes else too_large).append(candidate)
@@ -340,8 +361,10 @@ def varied(base: Candidate, choice: Choice) -> Candidate:
     return dataclasses.replace(base, request=request, size=base.engine.estimate(request), options=choice.options)
 
 
-def _why_not(engine: Engine, card: ModelCard, device: Device, quantize: Quantize) -> str | None:
+def _why_not(engine: Engine, card: ModelCard, device: Device, quantize: Quantize, draft: Draft | None) -> str | None:
     """Why an engine does not take a model, or None."""
+    if draft is not None and not getattr(engine, "drafts", False):
+        return "it takes no draft model"
     if quantize in ("int8", "int4") and quantize not in getattr(engine, "quantizes", ()):
         return f"it cannot make {quantize} weights"
     return engine.supports(card, device)

@@ -330,7 +330,7 @@ class Pool:
         placements: list[Placement] = []
         try:
             await model.ended.wait()  # where it was on its way out
-            fetched = await self.loader.fetch(model.name, progress, model.phases)
+            fetched = await self.loader.fetch(model.name, model.wishes, progress, model.phases)
             placements = await self._find_room(model, fetched, evict)
             model.phases.end()
             model.replicas = [

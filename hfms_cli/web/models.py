@@ -83,6 +83,8 @@ async def load(request: web.Request) -> web.StreamResponse:
     await runtime.pool.catalogue.refresh()
     if runtime.pool.catalogue.find(name) is None:
         _refuse_foreign_path(name, runtime.config.models.folders)
+    if body.draft_model is not None:
+        _refuse_foreign_path(body.draft_model, runtime.config.models.folders, param="draft_model")
     wishes = _wishes(body, runtime.config.models.replicas)
     model = runtime.pool.begin(name, wishes, body.alias, pinned=body.pinned, idle_seconds=body.idle_seconds)
     if not body.wait:
@@ -105,7 +107,9 @@ async def unload(request: web.Request) -> web.StreamResponse:
 
 def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
     """One for each replica; none where the request says nothing of how the model is to run."""
-    wish = Wish(device=body.hardware, engine=body.engine, dtype=body.dtype, quantize=body.quantize)
+    wish = Wish(
+        device=body.hardware, engine=body.engine, dtype=body.dtype, quantize=body.quantize, draft=body.draft_model
+    )
     if isinstance(body.replicas, list):
         return tuple(
             Wish(
@@ -113,6 +117,7 @@ def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
                 engine=r.engine or wish.engine,
                 dtype=r.dtype or wish.dtype,
                 quantize=r.quantize or wish.quantize,
+                draft=wish.draft,
             )
             for r in body.replicas
         )
@@ -121,13 +126,11 @@ def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:
     return (wish,) * (body.replicas or usual)
 
 
-def _refuse_foreign_path(name: str, folders: list[str]) -> None:
+def _refuse_foreign_path(name: str, folders: list[str], param: str = "model") -> None:
     """A path that comes over HTTP must lie in a folder that the operator named."""
     parsed = names.parse(name)
     if parsed.scheme != "path":
         return
     path = Path(parsed.rest).resolve()
     if not any(path.is_relative_to(Path(f).expanduser().resolve()) for f in folders):
-        raise Forbidden(
-            "Over HTTP only models in the folders of [models] folders can be loaded by path.", param="model"
-        )
+        raise Forbidden("Over HTTP only models in the folders of [models] folders can be loaded by path.", param=param)

@@ -440,6 +440,8 @@ class LoadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     engine: str | None = None
     dtype: DType | None = None
     quantize: Quantize | None = None
+    draft_model: Annotated[str, Meta(min_length=1)] | None = None
+    """A smaller model of the same vocabulary, which guesses what this one will say."""
     replicas: (
         Annotated[int, Meta(ge=1, le=MAX_REPLICAS)]
         | Annotated[list[ReplicaRequest], Meta(min_length=1, max_length=MAX_REPLICAS)]

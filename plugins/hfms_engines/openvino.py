@@ -7,19 +7,39 @@ by what is in the model's files, so the next load only reads and compiles it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from hfms_cli import Device, Footprint, Leftover, LoadedInfo, LoadRequest, ModelCard, Quality, Quantize, Task, setting
+from hfms_cli import (
+    Device,
+    Footprint,
+    Leftover,
+    LoadedInfo,
+    LoadFailed,
+    LoadRequest,
+    ModelCard,
+    Quality,
+    Quantize,
+    Task,
+    setting,
+)
 from hfms_engines.conversion import TEXTS, converted, folder_of, leftovers, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
-from hfms_engines.memory import cache_bytes, footprint, openvino_bytes, openvino_weights
+from hfms_engines.memory import (
+    OPENVINO_PROCESS,
+    cache_bytes,
+    footprint,
+    openvino_bytes,
+    openvino_weights,
+    parameters,
+)
 from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
     from hfms_engines.openvino_export import Made
+    from hfms_engines.openvino_runner import Runner
     from hfms_engines.paged import PagedScheduler
 
 # fmt: off
@@ -71,6 +91,7 @@ class OpenVinoEngine:
     tasks: tuple[Task, ...] = ("generate",)
     packages = ("openvino", "torch", "transformers")
     quantizes: tuple[Quantize, ...] = ("int8", "int4")
+    drafts = True
 
     def __init__(self, options: OpenVinoOptions = OpenVinoOptions()) -> None:
         self.options = options
@@ -98,10 +119,16 @@ class OpenVinoEngine:
         return self.footprint(request).total
 
     def footprint(self, request: LoadRequest) -> Footprint:
-        quantize = self._quantize(request)
-        held = openvino_bytes(request, quantize)
-        weights = openvino_weights(request, quantize)
+        held = self._held(request)
+        weights = sum(openvino_weights(r, self._quantize(request)) for r in (request, _draft_of(request)) if r)
         return footprint(weights, held, cache_bytes(request, self.options.kv_cache_bytes, held))
+
+    def _held(self, request: LoadRequest) -> int:
+        """Bytes beside keys and values, those of a draft model with them."""
+        held = openvino_bytes(request, self._quantize(request))
+        if draft := _draft_of(request):
+            held += openvino_bytes(draft, self._quantize(request)) - OPENVINO_PROCESS
+        return held
 
     def quality(self, folder: Path) -> dict[Quantize, Quality]:
         """What quantisation has cost a model, for each that has been made of it."""
@@ -121,16 +148,26 @@ class OpenVinoEngine:
         from hfms_engines.paged import PagedScheduler
 
         quantize = self._quantize(request)
-        cache = cache_bytes(request, self.options.kv_cache_bytes, openvino_bytes(request, quantize))
+        cache = cache_bytes(request, self.options.kv_cache_bytes, self._held(request))
         folder = self._export(request, quantize)
+        draft, draft_folder, draft_cache = _draft_of(request), None, 0
+        if draft:
+            if reason := self.supports(draft.card, draft.device):
+                raise LoadFailed(f"The draft model cannot be used: {reason}.")
+            # So that both have room for about as many tokens.
+            share = parameters(draft.card) / (parameters(draft.card) + parameters(request.card))
+            draft_folder, draft_cache = self._export(draft, quantize), int(cache * share)
         request.report("compile")
-        runner = openvino_runner.load(
-            folder,
-            dtype=request.dtype,
-            cache_bytes=cache,
-            share=self.options.prefix_cache != "off",
-            threads=self.options.threads,
-        )
+
+        def compiled(folder: Path, cache: int, *, share: bool) -> Runner:
+            return openvino_runner.load(
+                folder, dtype=request.dtype, cache_bytes=cache, share=share, threads=self.options.threads
+            )
+
+        runner = compiled(folder, cache - draft_cache, share=self.options.prefix_cache != "off")
+        drafter = compiled(draft_folder, draft_cache, share=False) if draft_folder else None
+        if drafter and drafter.tokenizer.get_vocab() != runner.tokenizer.get_vocab():
+            raise LoadFailed("The draft model has another vocabulary; only one with the same tokens can guess.")
         template = template_text(runner.tokenizer)
         info = LoadedInfo(
             engine=self.name,
@@ -152,6 +189,7 @@ class OpenVinoEngine:
             prefill_tokens=self.options.prefill_tokens,
             stall_seconds=self.options.stall_seconds,
             guess_tokens=self.options.speculative_tokens,
+            draft=drafter,
             share=self.options.prefix_cache == "all",
         )
 
@@ -172,6 +210,13 @@ class OpenVinoEngine:
             cache_dir=self.options.cache_dir,
             report=request.report,
         )
+
+
+def _draft_of(request: LoadRequest) -> LoadRequest | None:
+    """How the draft model is loaded: as the model is."""
+    if request.draft is None:
+        return None
+    return replace(request, folder=request.draft.folder, card=request.draft.card, draft=None)
 
 
 def _read_bytes(folder: Path, card: ModelCard, quantize: Made, precision: str) -> int:
