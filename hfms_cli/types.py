@@ -317,7 +317,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     def digest_of(self, paths: Sequence[str]) -> str:
         """SHA-256, in hex, of some files' names and hashes; of a file without one, its size and the revision."""
-        files = sorted((f.path, f.sha256 or f"{f.size} {self.revision}") for f in self.files if f.path in paths)
+        wanted = set(paths)
+        files = sorted((f.path, f.sha256 or f"{f.size} {self.revision}") for f in self.files if f.path in wanted)
         told = [part for file in files for part in file] or [self.revision]
         return hashlib.sha256("\0".join(told).encode()).hexdigest()
 

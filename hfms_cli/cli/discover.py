@@ -60,6 +60,7 @@ def _cell(value: Any) -> str:
 async def _found(config: Config) -> tuple[list[Row], list[str]]:
     """A row for each model, and what is wrong in the folders."""
     from hfms_cli.models import names
+    from hfms_cli.models.aliases import Aliases
     from hfms_cli.models.catalogue import Catalogue
     from hfms_cli.models.router import open_router, stands_for
     from hfms_cli.telemetry import logs
@@ -86,7 +87,7 @@ async def _found(config: Config) -> tuple[list[Row], list[str]]:
     for manifest, card in on_disk:
         if (model_id := names.served_id(manifest.name)) not in seen:
             rows.append(_row(model_id, card, engines, devices) | {"from": manifest.storage})
-    for alias, target in config.models.aliases.items():
+    for alias, target in Aliases(config.models.aliases, config.state_dir).items():
         for row in rows:
             if row["model"] == target:
                 row["aliases"].append(alias)

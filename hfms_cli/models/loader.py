@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class Placement:
     def fits(self) -> bool:
         """Whether there was room for it."""
         return self.size <= self.candidates[0].request.device.free_bytes
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """SHA-256, in hex, of the weights' names and hashes; of a file without one, its size and the revision."""
+        return self.manifest.digest_of(self.card.weights)
 
     @property
     def size(self) -> int:

@@ -153,10 +153,9 @@ class ServedModel:
 
     @property
     def weights(self) -> str:
-        """SHA-256, in hex, of the weights' names and hashes; of a file without one, its size and the revision."""
+        """Their digest, as `Placement.weights` says. Raises LoadFailed or Unavailable."""
         self.host_now()
-        placement = self.replicas[0].placement
-        return placement.manifest.digest_of(placement.card.weights)
+        return self.replicas[0].placement.weights
 
     def host_now(self) -> EngineHost:
         """The engine that the next call goes to. Raises what made the load fail, or Unavailable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 from hfms_cli.types import Call, LoadedInfo
@@ -14,10 +15,9 @@ _DIGITS = 16
 
 def receipt(weights: str, info: LoadedInfo, call: Call) -> str:
     """`k=v; k=v`. weights: their digest, in hex. The seed is the last, since it is the call's and not the model's."""
-    template = hashlib.sha256(info.template.encode()).hexdigest()[:_DIGITS] if info.template else "none"
     said = {
         "weights": weights[:_DIGITS],
-        "template": template,
+        "template": _digest(info.template) if info.template else "none",
         "dtype": info.dtype,
         "quantize": info.quantize,
         "engine": info.engine,
@@ -25,6 +25,12 @@ def receipt(weights: str, info: LoadedInfo, call: Call) -> str:
         "seed": "none" if call.sampling.seed is None else call.sampling.seed,
     }
     return "; ".join(f"{name}={value}" for name, value in said.items())
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(template: str) -> str:
+    """The same few templates come with every call."""
+    return hashlib.sha256(template.encode()).hexdigest()[:_DIGITS]
 
 
 def fingerprint(receipt: str) -> str:

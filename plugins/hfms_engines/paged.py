@@ -197,7 +197,8 @@ class PagedScheduler(Scheduler):
         everyone = self._rows
         self._sat_out = not self._sat_out and bool(reading) and reading[0].length - reading[0].cached <= most
         if self._sat_out:
-            everyone = [s for s in self._rows if not self._gives_way(s, reading[0])]
+            share = self._shares()
+            everyone = [s for s in self._rows if not self._gives_way(s, reading[0], share)]
             self._sat_out = len(everyone) < len(self._rows)
         return everyone
 

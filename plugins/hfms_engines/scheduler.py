@@ -391,13 +391,16 @@ class Scheduler(ABC):
         if not self._rows:
             return None
         other = self._last(self._rows)
-        return other if self._gives_way(other, seq) else None
+        return other if self._gives_way(other, seq, self._shares()) else None
 
-    def _gives_way(self, one: Seq, other: Seq) -> bool:
+    def _shares(self) -> Counter[str]:
+        """How many sequences of each key have a place."""
+        return Counter(s.key for s in self._under_way())
+
+    def _gives_way(self, one: Seq, other: Seq, share: Counter[str]) -> bool:
         """Whether one is of lower priority than another, or its key has more than its share."""
         if one.priority != other.priority:
             return one.priority < other.priority
-        share = Counter(s.key for s in self._under_way())
         # Equal shares are left alone, and so is who has had less, or the two would change places for ever.
         return share[one.key] > share[other.key] + 1 and self._line.had(one.key) >= self._line.had(other.key)
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hfms_cli import BadRequest, EngineFault, HfmsError, Structure
 from hfms_engines import structure_check
+from hfms_engines.vocabulary import BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -289,12 +290,9 @@ def bytes_of(tokenizer: Any) -> dict[int, bytes] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = repr(getattr(backend, "decoder", None))
     if "ByteLevel" in decoder:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
         def read(word: str) -> bytes:
-            known = [letters.get(letter) for letter in word]
+            known = [BYTES.get(letter) for letter in word]
             # What was added to the vocabulary by hand stands there as it is.
             return word.encode() if None in known else bytes(b for b in known if b is not None)
 

@@ -19,7 +19,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTES = _byte_alphabet()
+BYTES = _byte_alphabet()
 
 
 def described(tokenizer: Any) -> hfms_cli.Vocabulary:
@@ -78,8 +78,8 @@ class Vocabulary:
         # Part of a character. Only the vocabulary's own spelling says which.
         if match := _BYTE.fullmatch(name):
             raw = bytes.fromhex(match[1])
-        elif all(character in _BYTES for character in name):
-            raw = bytes(_BYTES[character] for character in name)
+        elif all(character in BYTES for character in name):
+            raw = bytes(BYTES[character] for character in name)
         else:
             raw = text.encode()
         return raw.decode(errors="replace"), raw

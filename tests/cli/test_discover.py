@@ -39,6 +39,12 @@ def test_every_model_is_listed_with_what_it_is_and_what_can_run_it(discover):
     assert rows["llama"]["architecture"] == "llama"
 
 
+def test_an_alias_that_a_verb_has_made_is_listed_with_its_model(discover, hfms):
+    assert hfms("models", "alias", "mine", "talker").returncode == 0
+    rows = {row["model"]: row for row in json.loads(discover("--json").stdout)}
+    assert sorted(rows["talker"]["aliases"]) == ["mine", "t"]
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [

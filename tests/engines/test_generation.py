@@ -71,11 +71,6 @@ def expected(model: SlotScheduler, prompt: list[int], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())
-
-
 @pytest.fixture(scope="module")
 def model(llama) -> SlotScheduler:
     """Shared, so tests leave it idle."""

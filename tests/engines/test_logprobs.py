@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,21 +24,6 @@ from tests.engines.driving import CPU, Answers, call, drain, prompts
 from tests.engines.test_openvino import card, converted, scheduler
 
 ENGINES = ["transformers", "openvino"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())
-
-
-@pytest.fixture(scope="module")
-def export(llama, tmp_path_factory) -> Path:
-    return converted(llama, tmp_path_factory.mktemp("export") / "llama")
-
-
-@pytest.fixture(scope="module")
-def theirs(llama):
-    return torch_runner.load(LoadRequest(folder=llama, card=card(llama), device=CPU), cache_bytes=2**26).model
 
 
 @pytest.fixture(params=ENGINES)

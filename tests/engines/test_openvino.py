@@ -118,21 +118,6 @@ def expected(model, prompt: list[int], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("llama"), tiny.ARCHITECTURES["llama"]())
-
-
-@pytest.fixture(scope="module")
-def export(llama, tmp_path_factory) -> Path:
-    return converted(llama, tmp_path_factory.mktemp("export") / "llama")
-
-
-@pytest.fixture(scope="module")
-def theirs(llama):
-    return torch_runner.load(LoadRequest(folder=llama, card=card(llama), device=CPU), cache_bytes=2**26).model
-
-
 # --- the same tokens as transformers ---
 
 
@@ -448,17 +433,22 @@ def draft_of(folder: Path, blocks: int = 64):
     return openvino_runner.load(folder, dtype="float32", cache_bytes=blocks * size, share=False)
 
 
+def check_answers(model, some, theirs, made) -> None:
+    """All together, each answered as transformers does."""
+    for number, prompt in enumerate(some):
+        submit(model, str(number), prompt, max_tokens=60)
+    drain(model)
+    for number, prompt in enumerate(some):
+        assert made[str(number), 0] == expected(theirs, prompt, 60)
+
+
 def test_a_draft_model_that_says_the_same_saves_passes_and_changes_no_token(export, theirs, made, monkeypatch):
     monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
     model = scheduler(export, guess=8, prefill_tokens=16, draft=draft_of(export))
     model._drafter._clock = lambda: 0.0  # as if it took no time: it is as large as the model itself
     read = reading(model, monkeypatch)
     some = prompts(40, 7)
-    for id, prompt in zip("ab", some, strict=True):
-        submit(model, id, prompt, max_tokens=60)
-    drain(model)
-    for id, prompt in zip("ab", some, strict=True):
-        assert made[id, 0] == expected(theirs, prompt, 60)
+    check_answers(model, some, theirs, made)
     assert len(read) < 30  # of more than 60
     drafter = model._drafter
     assert drafter._runner.blocks.free == drafter._runner.blocks.count
@@ -468,22 +458,14 @@ def test_a_draft_model_that_says_the_same_saves_passes_and_changes_no_token(expo
 def test_a_draft_model_that_says_other_things_changes_no_token(export, theirs, made, stranger):
     model = scheduler(export, guess=8, prefill_tokens=16, draft=draft_of(stranger))
     some = prompts(40, 7, 25)
-    for id, prompt in zip("abc", some, strict=True):
-        submit(model, id, prompt, max_tokens=60)
-    drain(model)
-    for id, prompt in zip("abc", some, strict=True):
-        assert made[id, 0] == expected(theirs, prompt, 60)
+    check_answers(model, some, theirs, made)
 
 
 def test_a_draft_model_without_room_guesses_for_whom_it_can(export, theirs, made, monkeypatch):
     monkeypatch.setattr("hfms_engines.paged.Guesser", Silent)
     model = scheduler(export, guess=4, draft=draft_of(export, blocks=2))
     some = prompts(40, 7)
-    for id, prompt in zip("ab", some, strict=True):
-        submit(model, id, prompt, max_tokens=60)
-    drain(model)
-    for id, prompt in zip("ab", some, strict=True):
-        assert made[id, 0] == expected(theirs, prompt, 60)
+    check_answers(model, some, theirs, made)
 
 
 def test_a_draft_model_rests_when_it_costs_more_than_it_saves(export, stranger, monkeypatch):
