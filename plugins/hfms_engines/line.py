@@ -1,10 +1,10 @@
 """Who is next: the highest priority, then the key that has had least, then who waits longest.
 
 Fairness is by tokens. Each key has an account of what it was given, prompts and answers alike; of those that wait
-with one priority, the key with the lowest account goes first. A key that comes after a pause starts where the lowest
-of those present is, so that nobody saves up. What
-waits of a key with one priority rises by a priority for every `AGEING_SECONDS` in which none of it was let in, so that
-nobody waits for ever; a key that floods is let in all the while, so its many do not come to outrank others by waiting.
+with one priority, the key with the lowest account goes first, and where two have had the same, the one with fewer calls.
+A key that comes after a pause starts where the lowest of those present is, so that nobody saves up. What waits of a key
+with one priority rises by a priority for every `AGEING_SECONDS` in which none of it was let in, so that nobody waits
+for ever; a key that floods is let in all the while, so its many do not come to outrank others by waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 AGEING_SECONDS = 30.0
+COMPANY_SECONDS = 10.0
+"""So long after its last call a key is expected to come again."""
 HIGHEST = 3
 
 # Accounts of keys that are away are kept up to this number.
@@ -52,6 +54,8 @@ class Line(Generic[W]):
         self._present: Counter[str] = Counter()
         """Waiters of each key that have entered and not left."""
         self._had: dict[str, float] = {}
+        self._left: dict[str, float] = {}
+        """When the last call of a key left, the earliest first; of keys that were here a moment ago."""
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
@@ -75,7 +79,7 @@ class Line(Generic[W]):
         """Who is next."""
         now = self._clock()
         heads = (lane[0] for lane in self._lanes.values())
-        return min(heads, key=lambda w: (-self._aged(w, now), self.had(w.key), w.since), default=None)
+        return min(heads, key=lambda w: (-self._aged(w, now), self.had(w.key), self._present[w.key], w.since), default=None)
 
     def take(self, waiter: W) -> None:
         """Let one go that is first of its priority and key."""
@@ -94,8 +98,20 @@ class Line(Generic[W]):
         self._present[waiter.key] -= 1
         if not self._present[waiter.key]:
             del self._present[waiter.key]
+            self._left.pop(waiter.key, None)
+            self._left[waiter.key] = self._clock()
             if not self._present or len(self._had) > _ACCOUNTS:
                 self._had = {key: self._had[key] for key in self._present}
+
+    def crowds(self, key: str) -> bool:
+        """Whether a key has several calls here, and another has some or had a moment ago."""
+        return self._present[key] > 1 and self._in_company()
+
+    def _in_company(self) -> bool:
+        long_ago = self._clock() - COMPANY_SECONDS
+        while self._left and next(iter(self._left.values())) < long_ago:
+            del self._left[next(iter(self._left))]
+        return len(self._present) > 1 or any(key not in self._present for key in self._left)
 
     def charge(self, key: str, tokens: float) -> None:
         """A key was given so many tokens."""

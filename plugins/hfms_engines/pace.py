@@ -6,10 +6,14 @@ from __future__ import annotations
 _LEAST = 32
 # A step that stalls no answer may take so many times as long: only those who come meanwhile wait for it.
 _ALONE = 3
+# One that a caller of few calls may come to wait for takes a part of it, though reading less at once costs more a token.
+_SHARED = 0.1
 # Tokens of a step before it is known what they cost.
 _UNKNOWN = 256
-# Weight of the newest measurement.
+# Weight of the newest measurement of a step without prompts.
 _NEW = 0.2
+# Tokens that what a token costs is averaged over: a small piece is mostly the cost of reading any.
+_WINDOW = 1024
 
 
 class Pace:
@@ -27,20 +31,24 @@ class Pace:
         self._bare = 0.0
         """Seconds of a step that reads no prompt."""
 
-    def tokens(self, answering: bool) -> int:
-        """Prompt tokens for the next step. answering: whether an answer is under way."""
+    def tokens(self, answering: bool, shared: bool = False) -> int:
+        """Prompt tokens for the next step.
+
+        answering: whether an answer is under way. shared: whether somebody who would go before may come meanwhile.
+        """
         if not self._cost:
             return min(self._most, _UNKNOWN)
-        seconds = self._seconds * (1 if answering else _ALONE)
+        seconds = self._seconds * (_SHARED if shared else 1 if answering else _ALONE)
         return max(min(_LEAST, self._most), min(self._most, int(seconds / self._cost)))
 
     def took(self, seconds: float, read: int, answering: bool) -> None:
         """A step with `read` prompt tokens took so long."""
         if not read:
-            self._bare = _mean(self._bare, seconds)
+            self._bare = _mean(self._bare, seconds, _NEW)
         else:
-            self._cost = _mean(self._cost, max(0.0, seconds - (self._bare if answering else 0.0)) / read)
+            cost = max(0.0, seconds - (self._bare if answering else 0.0)) / read
+            self._cost = _mean(self._cost, cost, read / (read + _WINDOW))
 
 
-def _mean(before: float, new: float) -> float:
-    return before + _NEW * (new - before) if before else new
+def _mean(before: float, new: float, weight: float) -> float:
+    return before + weight * (new - before) if before else new

@@ -87,10 +87,9 @@ class PagedScheduler(Scheduler):
         events: list[Event] = []
         self._compiled(events)
         answering = any(s.length - s.cached == 1 for s in self._rows)
-        most = self._pace.tokens(answering)
-        self._admit(most, events)
+        self._admit(answering, events)
         self._make_room()
-        pieces = self._plan(most)
+        pieces = self._plan(answering)
         if not pieces:
             return events
         began = self._clock()
@@ -165,40 +164,46 @@ class PagedScheduler(Scheduler):
             if seq not in self._tables:
                 return
 
-    def _plan(self, most: int) -> list[_Piece]:
-        """What each sequence reads in this step."""
+    def _most(self, seq: Seq, answering: bool) -> int:
+        """Prompt tokens of the next step, if one reads that has many beside it and others to come, or one that has not."""
+        return self._pace.tokens(answering, shared=self._line.crowds(seq.key))
+
+    def _plan(self, under_way: bool) -> list[_Piece]:
+        """What each sequence reads in this step. under_way: whether there are answers that it holds up."""
         pieces = []
         reading = self._reading()
-        taking_part = self._taking_part(reading, most)
+        taking_part = self._taking_part(reading, under_way)
         answering = [s for s in taking_part if s.length - s.cached == 1]
         guessed = self._guesses(answering)
         for seq in answering:
             guesses, drafted = guessed.get(seq, ([], False))
             tokens = [(seq.made or seq.prompt.ids)[-1], *guesses]
             pieces.append(_Piece(seq, tokens, guesses, drafted, tail=len(tokens)))
+        read = 0
         for seq in reading:
-            if most <= 0:
-                break
-            if seq not in taking_part:
+            width = self._most(seq, under_way) - read
+            if width <= 0 or seq not in taking_part:
                 continue
-            width = min(most, self._score_tokens) if seq.prompt.unscored else most
+            if seq.prompt.unscored:
+                width = min(width, self._score_tokens)
             tokens = seq.tokens[seq.cached : seq.cached + width]
-            most -= len(tokens)
+            read += len(tokens)
             tail, scored = int(seq.cached + len(tokens) == seq.length), self._to_score(seq, len(tokens))
             pieces.append(_Piece(seq, tokens, [], False, tail, scored))
         return pieces
 
-    def _taking_part(self, reading: list[Seq], most: int) -> list[Seq]:
+    def _taking_part(self, reading: list[Seq], answering: bool) -> list[Seq]:
         """Who is in the next pass.
 
         Where it makes the first token of one prompt, those who would give way to it sit out, so that it is quick: with
         64 rows beside it, a short prompt takes several times as long. Never twice running, or they would stand still.
         """
         everyone = self._rows
-        self._sat_out = not self._sat_out and bool(reading) and reading[0].length - reading[0].cached <= most
-        if self._sat_out:
+        first = reading[0] if reading and not self._sat_out else None
+        self._sat_out = False
+        if first and first.length - first.cached <= self._most(first, answering):
             share = self._shares()
-            everyone = [s for s in self._rows if not self._gives_way(s, reading[0], share)]
+            everyone = [s for s in self._rows if not self._gives_way(s, first, share)]
             self._sat_out = len(everyone) < len(self._rows)
         return everyone
 
@@ -247,14 +252,14 @@ class PagedScheduler(Scheduler):
             guesses = matcher.forced()[:most] or matcher.fitting(guesses)
         return guesses if self._blocks.extend(self._tables[seq], seq.length + len(guesses)) else []
 
-    def _admit(self, most: int, events: list[Event]) -> None:
+    def _admit(self, answering: bool, events: list[Event]) -> None:
         """Let in the first in line while there is room, and as long as this step can read more of prompts.
 
         Nobody is let in earlier than needed: by then another may have read what both begin with.
         """
         while (seq := self._line.first()) is not None:
             before = [s for s in self._reading() if self._merit(s) >= self._merit(seq)]
-            if sum(s.length - s.cached for s in before) >= most:
+            if sum(s.length - s.cached for s in before) >= self._most(seq, answering):
                 return
             # Another choice of this call may be about to read what this one can share.
             full = (len(seq.prompt.ids) - 1) // self._blocks.size * self._blocks.size

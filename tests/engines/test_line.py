@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfms_engines.line import AGEING_SECONDS, Line
+from hfms_engines.line import AGEING_SECONDS, COMPANY_SECONDS, Line
 from hfms_engines.pace import Pace
 from hfms_engines.speculate import Guesser
 
@@ -98,6 +98,38 @@ def test_a_key_that_was_away_has_saved_nothing_up(line):
     assert line.had("late") == 1000
 
 
+def test_of_two_keys_that_have_had_the_same_the_one_with_fewer_calls_goes_first(line, clock):
+    """Else a newcomer, who starts where the lowest account is, would wait behind those whose it is."""
+    flood = [Waiter(f"flood{i}", key="flood") for i in range(3)]
+    for waiter in flood:
+        line.enter(waiter)
+    line.take(flood[0])
+    line.charge("flood", 100)
+    clock.now += 1
+    line.enter(Waiter("new", key="late"))
+    assert line.had("late") == line.had("flood")
+    assert line.first().name == "new"
+
+
+def test_a_key_crowds_others_while_it_has_several_calls_and_they_may_come_again(line, clock):
+    one, two = Waiter("one", key="many"), Waiter("two", key="many")
+    line.enter(one)
+    line.enter(two)
+    assert not line.crowds("many")  # it is alone
+    other = Waiter("other", key="few")
+    line.enter(other)
+    assert line.crowds("many")
+    assert not line.crowds("few")
+    line.leave(other)
+    clock.now += COMPANY_SECONDS
+    assert line.crowds("many")
+    clock.now += 0.1
+    assert not line.crowds("many")
+    line.leave(two)
+    line.enter(other)
+    assert not line.crowds("many")  # one call is no crowd
+
+
 def test_who_waits_again_is_before_those_of_its_key(line):
     one, two = Waiter("one"), Waiter("two")
     line.enter(one)
@@ -144,6 +176,15 @@ def test_a_step_reads_what_its_time_allows_and_more_where_it_stalls_nobody():
         pace.took(0.1, 200, answering=False)
     assert pace.tokens(answering=True) == pytest.approx(400, abs=2)
     assert pace.tokens(answering=False) == 1024
+    assert pace.tokens(answering=True, shared=True) == pytest.approx(40, abs=2)
+
+
+def test_a_small_piece_says_little_of_what_a_token_costs():
+    pace = Pace(1024, 0.2)
+    pace.took(0.2, 1000, answering=False)
+    for _ in range(5):
+        pace.took(0.02, 2, answering=False)  # most of it is what any step takes
+    assert pace.tokens(answering=True) > 600
 
 
 def test_what_a_step_takes_without_prompts_is_not_counted_as_theirs():
