@@ -21,6 +21,7 @@ from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
 from hfms_cli.serving.runtime import Runtime
 from hfms_cli.web.app import build_app
+from hfms_cli.web.listener import Runner
 from tests.storage.node import Node, installed, running
 
 # A shell that starts the tests in the background hands down an ignored Ctrl-C, and our children would ignore it, too.
@@ -125,7 +126,7 @@ def serve(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.write_text(toml)
         config = load_config(file, environ=environ | (env or {}))
         runtime = Runtime.build(config, discover(config))
-        runner = web.AppRunner(build_app(runtime), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        runner = Runner(build_app(runtime), shutdown_timeout=0.5)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

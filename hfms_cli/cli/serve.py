@@ -81,6 +81,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
     from hfms_cli.serving.runtime import Runtime
     from hfms_cli.telemetry import logs
     from hfms_cli.web.app import build_app
+    from hfms_cli.web.listener import Runner
 
     logs.configure(config.log)
     console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
@@ -91,8 +92,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
         except BadRequest as exc:
             raise ConfigError(exc.message, param="serve") from exc
     runtime = Runtime.build(config, discover(config))
-    # A disconnect must end the generation within a step, so handlers are cancelled; the access line is our own.
-    runner = web.AppRunner(build_app(runtime), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    runner = Runner(build_app(runtime))
     await runner.setup()
     async with contextlib.AsyncExitStack() as opened:
         opened.push_async_callback(runner.cleanup)

@@ -28,6 +28,7 @@ from hfms_cli.serving.front import FrontRuntime, Owner, owner_gone
 from hfms_cli.telemetry import logs
 from hfms_cli.web.app import ADDRESS, Handler, base_app
 from hfms_cli.web.context import respond
+from hfms_cli.web.listener import Runner
 
 # Of one connection, and so neither passed on nor back (RFC 9110, 7.6.1).
 HOP_BY_HOP = (
@@ -96,7 +97,7 @@ async def serve(fd: int, listening: list[int]) -> None:
     ) as owner:
         app = base_app(runtime, passing_on(owner))
         # The owner has told every call how it ended; what is left is to write that.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        runner = Runner(app)
         await runner.setup()
         for number in listening:
             await web.SockSite(runner, socket.socket(fileno=number)).start()

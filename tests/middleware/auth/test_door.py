@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import sys
 import time
 import types
@@ -257,6 +258,25 @@ async def test_a_key_with_control_characters_is_refused(serve, put, bad):
             for header in (b"Authorization: Bearer ", b"X-API-Key: "):
                 status = await raw(server, header + sent)
                 assert b" 400 " in status or b" 401 " in status, status
+
+
+async def test_what_is_no_http_is_answered_in_the_envelope_and_its_bytes_are_in_no_log(serve, put, capsys):
+    """aiohttp would quote the header that it cannot read, with the key in it."""
+    key = f"{put()}"
+    async with serve() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        for header in (f"Authorization: Bearer {key}\x01", f"X-API-Key: {key}{'x' * 20_000}", f"no header {key}"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert b" 400 " in head.partition(b"\r\n")[0]
+            assert b"x-request-id: req-" in head
+            assert json.loads(body)["error"]["code"] == "bad_request"
+            assert key.encode() not in body
+    logged = "".join(capsys.readouterr())
+    assert "no HTTP" in logged
+    assert key not in logged
 
 
 async def test_one_bearer_wins_and_two_that_differ_are_refused(serve, put):
