@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
-from hfms_cli.cli import bench, chat, config, conformance, doctor, hardware, ipfs, models, plugins, publisher
 from hfms_cli.cli.client import Unreachable
 from hfms_cli.cli.output import printable
-from hfms_cli.cli.serve import serve
 from hfms_cli.config import load_config
 from hfms_cli.errors import ConfigError, HfmsError, StartupError
 from hfms_cli.plugins import discover
@@ -25,20 +24,59 @@ EPILOG = (
 )
 
 
+VERBS = {
+    "serve": ("serve:serve", "Serve models over the OpenAI API until Ctrl-C."),
+    "chat": ("chat:chat", "Talk to a model, or ask it once."),
+    "bench": ("bench:bench", "Measure a server: throughput, latencies, errors."),
+    "conformance": ("conformance:conformance", "Check any server that speaks OpenAI's API."),
+    "models": ("models:app", "List, pull, load and remove models."),
+    "ipfs": ("ipfs:app", "Add, get, list and pin what has a CID."),
+    "publisher": ("publisher:app", "The key that signs what is published, and the keys that are trusted."),
+    "config": ("config:app", "Write, show and check the settings."),
+    "plugins": ("plugins:app", "List plugins, and why one failed."),
+    "hardware": ("hardware:hardware", "List devices and their memory, or why there are none."),
+    "doctor": ("doctor:doctor", "Check the machine and the settings."),
+}
+"""Where each verb is, and its line in `hfms --help`: a verb's module is imported only when the verb is run."""
+
+
 class Verbs(typer.core.TyperGroup):
     """hfms's own verbs, then those of plugins.
 
     Plugins are looked up only where a verb is not ours: none can replace one, or keep one from starting.
     """
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for name, (_, line) in VERBS.items():
+            self.add_command(typer.core.TyperCommand(name, help=line))
+
     def list_commands(self, ctx: Any) -> list[str]:
         try:
-            return [*self.commands, *plugin_verbs()]
+            return [*VERBS, *plugin_verbs()]
         except ConfigError:
-            return list(self.commands)  # help must work where the configuration does not
+            return list(VERBS)  # help must work where the configuration does not
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """What is listed under a name: of our own verbs no more than their lines."""
         return self.commands.get(cmd_name) or plugin_verbs().get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """What is run under a name."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, own_verb(name) if name in VERBS else found, rest
+
+
+def own_verb(name: str) -> Any:
+    """A verb of ours, whole."""
+    module, attribute = VERBS[name][0].split(":")
+    verb = getattr(import_module(f"hfms_cli.cli.{module}"), attribute)
+    holder = typer.Typer(rich_markup_mode=None)
+    if isinstance(verb, typer.Typer):
+        holder.add_typer(verb, name=name)
+    else:
+        holder.command(name)(verb)
+    return typer.main.get_group(holder).commands[name]
 
 
 @functools.cache
@@ -60,17 +98,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve)
-app.command()(chat.chat)
-app.command()(bench.bench)
-app.command()(conformance.conformance)
-app.add_typer(models.app, name="models")
-app.add_typer(ipfs.app, name="ipfs")
-app.add_typer(publisher.app, name="publisher")
-app.add_typer(config.app, name="config")
-app.add_typer(plugins.app, name="plugins")
-app.command()(hardware.hardware)
-app.command()(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

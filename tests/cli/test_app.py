@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from hfms_cli.__main__ import main
-from hfms_cli.cli.app import app, exit_status, run
+from hfms_cli.cli.app import VERBS, exit_status, own_verb, run
 from hfms_cli.cli.client import Refused, Unreachable
 from hfms_cli.cli.output import printable
 from hfms_cli.errors import BadRequest, ConfigError, DoesNotFit, PluginError
@@ -153,6 +153,6 @@ def test_bytes_are_shown_in_binary_units(count, text):
     assert human_bytes(count) == text
 
 
-def test_own_verbs_are_registered_once():
-    names = [c.name or c.callback.__name__ for c in app.registered_commands] + [g.name for g in app.registered_groups]
-    assert sorted(names) == sorted(set(names))
+@pytest.mark.parametrize("name", VERBS)
+def test_line_of_a_verb_in_the_list_is_what_the_verb_says_of_itself(name):
+    assert own_verb(name).help.startswith(VERBS[name][1].rstrip("."))
