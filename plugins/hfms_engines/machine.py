@@ -6,8 +6,6 @@ import importlib.util
 import os
 from collections.abc import Iterable
 
-import psutil
-
 from hfms_cli import ModelCard
 
 
@@ -19,6 +17,8 @@ def missing_packages(card: ModelCard, needed: Iterable[str]) -> str | None:
 
 def physical_cores() -> int:
     """Cores that this process may use; two threads on one core share its arithmetic."""
+    import psutil
+
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return min(cores, allowed)

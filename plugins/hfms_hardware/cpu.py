@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 from hfms_cli import Device, Probe
 
 
@@ -44,6 +42,8 @@ class Cpu:
 
 def host_memory(root: Path = Path("/")) -> Memory:
     """The machine's memory, or the least that a cgroup above this process leaves of it."""
+    import psutil
+
     machine = psutil.virtual_memory()
     bounds = [Memory(machine.total, machine.available), *_cgroups(root)]
     return Memory(min(b.total for b in bounds), max(0, min(b.free for b in bounds)))

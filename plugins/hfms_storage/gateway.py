@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
-from hfms_cli import ConfigError, FetchFailed, NotFound, setting
+from hfms_cli import ConfigError, FetchFailed, NotFound
 from hfms_cli.ipfs import MAX_BLOCK, BlockStore, Fetch, Source, parse
+from hfms_storage.options import GatewayOptions
 
 if TYPE_CHECKING:
     import aiohttp
@@ -25,18 +25,6 @@ _KINDS = {
     "raw": "application/vnd.ipld.raw",
     "car": "application/vnd.ipld.car;version=1;order=dfs;dups=n",
 }
-
-
-@dataclass(frozen=True)
-class GatewayOptions:
-    """Options of `[storage.gateway]`."""
-
-    urls: list[str] = setting(
-        lambda: ["https://trustless-gateway.link", "https://ipfs.io"],
-        "Gateways, best first. They learn what is fetched.",
-        env="IPFS_GATEWAYS",
-    )
-    timeout_seconds: float = setting(30.0, "Longest pause in an answer.", ge=0.1)
 
 
 class Gateways(BlockStore):

@@ -45,10 +45,10 @@ from hfms_cli import (
     gguf_models,
     gguf_tag,
     no_model,
-    setting,
 )
 from hfms_storage.blocks import BlockFolder, beside
 from hfms_storage.hub_download import Blob, Download, Stopped, locked, read_part, refuse_what_does_not_fit
+from hfms_storage.options import HfCacheOptions
 from hfms_storage.partial import SUFFIX
 
 if TYPE_CHECKING:
@@ -64,22 +64,6 @@ _AT_ONCE = threading.Event()
 """Set: whoever finds a lock taken does not wait for it."""
 _AT_ONCE.set()
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-@dataclass(frozen=True)
-class HfCacheOptions:
-    """Options of `[storage.hf_cache]`."""
-
-    endpoint: str = setting("", "The Hub, or a mirror of it; empty: HF_ENDPOINT, then https://huggingface.co.")
-    cache_dir: str = setting("", "The Hub's cache; empty: HF_HUB_CACHE, then HF_HOME, then its usual place.")
-    blocks_dir: str = setting("", 'Where what has a CID is kept; empty: "ipfs" beside the Hub\'s cache.')
-    connections: int = setting(8, "How many parts of files are fetched at once.", ge=1, le=64)
-    xet: bool = setting(
-        False,
-        "Fetch by Xet what the Hub keeps so: files share their chunks, but a pull that breaks off begins them anew. "
-        "Files above 50 GB always come so.",
-    )
-    quant: str = setting("", "Which GGUF to take of several where a name does not say, such as Q4_K_M; empty: ask.")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import importlib
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfms_cli import HfmsError, NotFound, Unavailable, VerifyFailed, setting
+from hfms_cli import HfmsError, NotFound, Unavailable, VerifyFailed
 from hfms_cli.ipfs import CHUNKER, Block, BlockStore, Cid, blocks_of_bytes, check, parse, root_of
+from hfms_storage.options import IpfsKitOptions
 
 LARGEST = 64 * 2**20
 """Bytes of the largest file: the library takes and gives files whole."""
@@ -44,16 +44,6 @@ module, name = sys.argv[1].split(":")
 sys.addaudithook(watch)
 getattr(importlib.import_module(module), name)
 """
-
-
-@dataclass(frozen=True)
-class IpfsKitOptions:
-    """Options of `[storage.ipfs_kit]`."""
-
-    factory: str = setting(
-        "ipfs_kit_py.backends.ipfs_backend:IPFSBackendAdapter", "What makes the adapter: MODULE:NAME."
-    )
-    timeout_seconds: float = setting(60.0, "Longest time for its import, and for one answer.", ge=0.1)
 
 
 class IpfsKit(BlockStore):

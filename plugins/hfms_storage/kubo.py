@@ -12,11 +12,11 @@ import shlex
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from hfms_cli import ConfigError, FetchFailed, HfmsError, NotFound, setting
+from hfms_cli import ConfigError, FetchFailed, HfmsError, NotFound
 from hfms_cli.ipfs import MAX_BLOCK, Block, BlockStore, Cid, car_header, car_section, check, parse
+from hfms_storage.options import KuboOptions
 
 if TYPE_CHECKING:
     import aiohttp
@@ -27,19 +27,6 @@ _NO_ROOT = Cid(1, 0x55, 0, b"")
 """The empty block, which every node has: a CAR must name its root before hfms knows it."""
 _MISSING = ("not found", "could not find", "not have", "no link named", "blockstore: block")
 _PATH = re.compile(r"(?:/[^\s:/]+){2,}")
-
-
-@dataclass(frozen=True)
-class KuboOptions:
-    """Options of `[storage.kubo]`."""
-
-    api: str = setting(
-        "http://127.0.0.1:5001", "The node's RPC: a URL, or /ip4/ADDRESS/tcp/PORT.", env="IPFS_API", bare=True
-    )
-    command: str = setting(
-        "ipfs", "The program to run where the RPC cannot be reached; empty: none.", env="KUBO_CMD", bare=True
-    )
-    timeout_seconds: float = setting(60.0, "Longest time for one answer of the node, and for one pause in it.", ge=0.1)
 
 
 class Road(Protocol):

@@ -7,24 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from hfms_cli import ConfigError, FetchFailed, HfmsError, NotFound, setting
+from hfms_cli import ConfigError, FetchFailed, HfmsError, NotFound
 from hfms_cli.ipfs import BlockStore, Fetch, Source, parse
 from hfms_storage.gateway import Gateway
+from hfms_storage.options import NeighbourOptions
 
 INDEX_PATH = "/.well-known/hfms/index.json"
 LONGEST_INDEX = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class NeighbourOptions:
-    """Options of `[storage.neighbours]`."""
-
-    urls: list[str] = setting(list, "Other hfms servers, best first: http://HOST:PORT.", env="NEIGHBOURS")
-    keys: dict[str, str] = setting(dict, "API keys to send: URL = key, each to that server alone.", secret=True)
-    timeout_seconds: float = setting(10.0, "Longest pause in an answer.", ge=0.1)
 
 
 class Neighbours(BlockStore):

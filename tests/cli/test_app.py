@@ -16,7 +16,11 @@ from hfms_cli.errors import BadRequest, ConfigError, DoesNotFit, PluginError
 from hfms_cli.sizes import human_bytes
 from hfms_cli.version import __version__
 
-HEAVY = ("torch", "transformers", "numpy", "aiohttp", "huggingface_hub", "rich", "uvloop")
+HEAVY = (
+    *("torch", "transformers", "numpy", "aiohttp", "huggingface_hub", "rich", "uvloop", "asyncio", "psutil"),
+    *("packaging", "hfms_cli.ipfs", "hfms_storage.hf_cache"),
+    *[f"hfms_cli.cli.{where.split(':')[0]}" for where, _ in VERBS.values()],
+)
 
 
 def test_help_imports_nothing_heavy_although_it_asks_every_plugin(environment, tmp_path):
