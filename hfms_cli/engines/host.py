@@ -97,6 +97,7 @@ class EngineHost:
         self._process: asyncio.subprocess.Process
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
+        self._unsent: list[bytes] = []
         self._stderr_task: asyncio.Task[None]
         self._temporary = ""
         """The process's own folder for temporary files, which goes when it goes, however it went."""
@@ -259,8 +260,17 @@ class EngineHost:
         self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
 
     def _send(self, frame: wire.ToWorker) -> None:
+        """Send a frame, together with all others of this turn of the loop: a write costs more than the rest of it."""
+        if not self._unsent:
+            self._loop.call_soon(self._write)
+        self._unsent.append(wire.pack(frame))
+
+    def _write(self) -> None:
         assert self._writer is not None
-        self._writer.write(wire.pack(frame))
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        if not self._writer.is_closing():
+            self._writer.write(data)
 
     async def _read(self) -> wire.ToFront:
         header = await self._reader.readexactly(wire.HEADER.size)
