@@ -8,11 +8,11 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ from hfms_cli.bench.measure import Outcome, Wanted, parse_goodput, parse_metrics
 from hfms_cli.bench.session import NAMES, Session, Target, Told
 from hfms_cli.cli.chat import DEFAULT_KEY_ENV
 from hfms_cli.cli.client import Client, Refused
+from hfms_cli.cli.loop import fast_loop
 from hfms_cli.cli.options import AsJson
 from hfms_cli.cli.output import console, print_json, print_table, printable
 from hfms_cli.errors import ConfigError
@@ -116,7 +117,7 @@ def bench(
         raise ConfigError(f"--result-filename {result_filename} is there already; name another")
 
     stopped = False
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
         targets = [runner.run(find_target(client, name)) for client, name in servers]
         rounds = repeats if compare is not None else 1
         session = Session(targets, endpoint, sampling, loads, rounds, num_prompts, num_warmups, prompts, wanted)
@@ -295,11 +296,3 @@ def _lines(label: str, total: int) -> Iterator[Told]:
             print(f"{label}: {done} of {total}, {failed} failed", file=sys.stderr, flush=True)
 
     yield told
-
-
-def _fast_loop() -> Callable[[], Any] | None:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # Windows
-        return None
-    return cast("Callable[[], Any]", new_event_loop)

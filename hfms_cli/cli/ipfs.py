@@ -180,9 +180,9 @@ def gc(config: ConfigFile = None, as_json: AsJson = False) -> None:
 
 def _with(config: Path | None, backend: str | None, work: Callable[[Content], Awaitable[T]]) -> T:
     """Open the storages, work with them, and close them."""
-    import asyncio
     import dataclasses
 
+    from hfms_cli.cli import loop
     from hfms_cli.models.router import open_router
     from hfms_cli.telemetry import logs
 
@@ -198,7 +198,7 @@ def _with(config: Path | None, backend: str | None, work: Callable[[Content], Aw
         finally:
             await router.close()
 
-    return asyncio.run(run())
+    return loop.run(run())
 
 
 async def _pinning(content: Content, cid: str, verb: Callable[[str], Awaitable[Receipt]]) -> tuple[str, Receipt]:

@@ -351,6 +351,6 @@ def _waiting(text: str) -> Iterator[Callable[[str], None] | None]:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    import asyncio
+    from hfms_cli.cli import loop
 
-    return asyncio.run(work)
+    return loop.run(work)

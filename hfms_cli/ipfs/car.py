@@ -79,7 +79,8 @@ class CarReader:
                     if shift:
                         raise FetchFailed("The CAR is cut off.")
                     return None
-            byte = self._buffer.pop(0)
+            byte = self._buffer[0]
+            del self._buffer[:1]  # pop(0) would move all the rest
             number |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
