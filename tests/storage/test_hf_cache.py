@@ -210,8 +210,14 @@ async def test_a_commit_that_is_none_never_becomes_a_folder(hub, hf_cache, sha):
 
 async def test_wrong_bytes_under_the_right_name_are_refused_and_do_not_stay(hub, hf_cache, model):
     hub.wrong = {"model.safetensors"}
+    hub.held = {"model.safetensors": asyncio.Event()}
+    wrong = asyncio.create_task(pull(hf_cache))
+    async with asyncio.timeout(30):
+        while len([b for b in hf_cache.root.glob("models--*/blobs/*") if b.suffix != hub_download.SUFFIX]) < 2:
+            await asyncio.sleep(0.01)  # until the other two files are whole: they must not be fetched again
+    hub.held["model.safetensors"].set()
     with pytest.raises(VerifyFailed, match=r"model\.safetensors"):
-        await pull(hf_cache)
+        await wrong
     assert await hf_cache.list() == []
     hub.wrong = set()
     _, folder = await pull(hf_cache)
