@@ -21,7 +21,8 @@ _ATTRIBUTE = "hfms_operation"
 class Operation:
     """tag: the group it is shown in. answer: type of the JSON of a 200, or the name of another media type.
 
-    body: type of the JSON that is sent, or with `form` of the fields of a form. example: of such a body. body_required: False where all of it may be left out.
+    body: type of the JSON that is sent, or with `form` of the fields of a form. example: of such a body.
+    body_required: False where all of it may be left out.
     events: type of the JSON of each event, where `stream: true` asks for some. also: further good statuses, with the
     types of their JSON. errors: statuses of errors beside those that every route may answer. headers: those of the
     request that count, with their types. query: a type whose fields are those of the query. tells: headers of the

@@ -63,7 +63,7 @@ class Whisper:
         self._prompt(speech)
 
     def _code(self, language: str) -> str:
-        code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+        code: str = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
         if f"<|{code}|>" not in self._languages:
             raise BadRequest(f"This model does not know the language `{language[:40]}`.", param="language")
         return code
@@ -84,7 +84,6 @@ class Whisper:
             )
         return ids.to(self.model.device)
 
-    @torch.inference_mode()
     def transcribe(
         self,
         speech: Speech,

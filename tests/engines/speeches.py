@@ -23,7 +23,9 @@ def tiny_whisper(folder: Path) -> Path:
     )
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = WhisperTokenizer(vocab={letter: i for i, letter in enumerate(letters)} | {"<|endoftext|>": 256}, merges=[])
+    tokenizer = WhisperTokenizer(
+        vocab={letter: i for i, letter in enumerate(letters)} | {"<|endoftext|>": 256}, merges=[]
+    )
     marks = ["<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES), "<|translate|>", "<|transcribe|>"]
     marks += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
