@@ -71,13 +71,17 @@ class TranscriptionRequest(
     language: str | None = None
     """That is spoken: `en`, or `english`. Without it the model finds out."""
     timestamp_granularities: list[Literal["segment", "word"]] | None = None
-    stream: bool | None = None
+    stream: Literal["true", "false", "True", "False"] | None = None
     """Events, a segment each, as they are heard; with `json` and `text`."""
     # Not served yet: only the value that asks for nothing is taken.
     include: Any = None
     known_speaker_names: Any = None
     known_speaker_references: Any = None
     chunking_strategy: Any = None
+
+    @property
+    def streams(self) -> bool:
+        return self.stream in ("true", "True")
 
     def unsupported(self) -> dict[str, tuple[Any, ...]]:
         return dict.fromkeys(("include", "known_speaker_names", "known_speaker_references"), (None, [])) | {
@@ -98,7 +102,7 @@ class TranscriptionRequest(
                 param="timestamp_granularities[]",
                 code="unsupported_value",
             )
-        if self.stream and self.response_format not in (None, "json", "text"):
+        if self.streams and self.response_format not in (None, "json", "text"):
             raise BadRequest(
                 f"`{self.response_format}` cannot be streamed; ask for `json` or `text`.", param="response_format"
             )
@@ -143,7 +147,7 @@ async def _answer(
     body = parse_fields(kind, await read_form(request, ("file",), limit))
     call = call_of(request, body, "trsc")
     transcript = Transcript(call)
-    stream = TranscriptStream(request) if isinstance(body, TranscriptionRequest) and body.stream else None
+    stream = TranscriptStream(request) if isinstance(body, TranscriptionRequest) and body.streams else None
     async with answered(request, call) as chunks:
         if stream is not None:
             try:
