@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
 from hfms_cli.types import Call, Caller, Chunk, Recording, Sampling, Segment, Speech
@@ -32,15 +32,15 @@ LISTS = ("timestamp_granularities", "include", "known_speaker_names", "known_spe
 
 
 class TranslationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The form of `POST /v1/audio/translations`."""
+    """The form of `POST /v1/audio/translations`. Every field of a form is text, so none can be null."""
 
     file: bytes
     """WAV, FLAC, Ogg or MP3; its name means nothing."""
     model: str
-    prompt: str | None = None
+    prompt: str | UnsetType = UNSET
     """What was said before, or words that are to be spelt so."""
-    response_format: Format | None = None
-    temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
+    response_format: Format = "json"
+    temperature: Annotated[float, Meta(ge=0, le=1)] = 0.0
     priority: Priority | None = None
 
     def call(self, call_id: str, caller: Caller) -> Call:
@@ -56,7 +56,7 @@ class TranslationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
             translate=translate,
             details=self.response_format == "verbose_json",
         )
-        sampling = Sampling(temperature=self.temperature or 0.0)
+        sampling = Sampling(temperature=self.temperature)
         return Call(id=call_id, model=self.model, task="transcribe", inputs=[speech], sampling=sampling, caller=caller)
 
 
@@ -68,10 +68,10 @@ class TranscriptionRequest(
 ):
     """The form of `POST /v1/audio/transcriptions`."""
 
-    language: str | None = None
+    language: str | UnsetType = UNSET
     """That is spoken: `en`, or `english`. Without it the model finds out."""
-    timestamp_granularities: list[Literal["segment", "word"]] | None = None
-    stream: Literal["true", "false", "True", "False"] | None = None
+    timestamp_granularities: list[Literal["segment", "word"]] | UnsetType = UNSET
+    stream: Literal["true", "false", "True", "False"] = "false"
     """Events, a segment each, as they are heard; with `json` and `text`."""
     # Not served yet: only the value that asks for nothing is taken.
     include: Any = None
@@ -91,7 +91,7 @@ class TranscriptionRequest(
     def call(self, call_id: str, caller: Caller) -> Call:
         refuse_unsupported(self)
         granularities = self.timestamp_granularities
-        if granularities is not None and self.response_format != "verbose_json":
+        if granularities and self.response_format != "verbose_json":
             raise BadRequest(
                 "`timestamp_granularities[]` needs `response_format: verbose_json`.",
                 param="timestamp_granularities[]",
@@ -102,7 +102,7 @@ class TranscriptionRequest(
                 param="timestamp_granularities[]",
                 code="unsupported_value",
             )
-        if self.streams and self.response_format not in (None, "json", "text"):
+        if self.streams and self.response_format not in ("json", "text"):
             raise BadRequest(
                 f"`{self.response_format}` cannot be streamed; ask for `json` or `text`.", param="response_format"
             )
@@ -162,7 +162,7 @@ async def _answer(
         async for chunk in chunks:
             transcript.take(chunk)
     log_of(request).update(transcript.log())
-    wanted = body.response_format or "json"
+    wanted = body.response_format
     if wanted in MEDIA:
         return web.Response(text=transcript.written(wanted), content_type=MEDIA[wanted])
     return respond(transcript.whole(verbose=wanted == "verbose_json"))
