@@ -33,8 +33,11 @@ __all__ = [
     "Quality",
     "Quantize",
     "Question",
+    "Recording",
     "Reply",
     "Sampling",
+    "Segment",
+    "Speech",
     "Structure",
     "Task",
     "Terms",
@@ -46,7 +49,7 @@ __all__ = [
     "VocabularyOf",
 ]
 
-Task = Literal["generate", "embed", "score"]
+Task = Literal["generate", "embed", "score", "transcribe"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 FinishReason = Literal["stop", "length"]
 Octets = bytes
@@ -114,6 +117,21 @@ class Pair(Struct, frozen=True, tag=True):
     document: str
 
 
+class Speech(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """A recording of which a speech model writes down what is said."""
+
+    data: Octets
+    """Of a file, as it came: what decodes it is the engine's process."""
+    language: str | None = None
+    """That is spoken, as a code (`en`) or an English name; None: the model finds out."""
+    prompt: str = ""
+    """What was said before, or words that are to be spelt so."""
+    translate: bool = False
+    """Write it down in English."""
+    details: bool = False
+    """Find out `no_speech_prob` too, which costs a pass for each window."""
+
+
 class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who asks, as the middleware that authenticated them says. Never taken from what a client claims."""
 
@@ -146,8 +164,8 @@ class Caller(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not self.allowed_models or any(fnmatchcase(n, glob) for n in names for glob in self.allowed_models)
 
 
-CallInput = str | list[int] | Conversation | Pair
-"""A text, its token ids, a chat, or (for the task `score` alone) a pair."""
+CallInput = str | list[int] | Conversation | Pair | Speech
+"""A text, its token ids, a chat, for the task `score` alone a pair, or for the task `transcribe` alone a recording."""
 
 
 class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -195,6 +213,32 @@ class TokenLogprob(Struct, array_like=True, frozen=True):
     """The likeliest tokens in its place, best first, as many as were asked for."""
 
 
+class Segment(Struct, array_like=True, frozen=True, omit_defaults=True):
+    """A stretch of a recording, and what is said in it."""
+
+    start: float
+    """Seconds from the beginning, as `end`."""
+    end: float
+    text: str
+    tokens: list[int] = []
+    """Those that mark times too."""
+    seek: int = 0
+    """Where the window that it was heard in begins, in hundredths of a second."""
+    avg_logprob: float = 0.0
+    compression_ratio: float = 0.0
+    """Bytes of the window's text through those of it compressed: text that repeats itself has a high one."""
+    no_speech_prob: float = 0.0
+    """How likely nobody speaks in the window."""
+
+
+class Recording(Struct, array_like=True, frozen=True, omit_defaults=True):
+    """What an engine found out about a recording."""
+
+    seconds: float
+    language: str = ""
+    """Its English name, in small letters."""
+
+
 class Chunk(Struct, array_like=True, omit_defaults=True):
     """What an engine says in one step about one choice of a call."""
 
@@ -212,11 +256,16 @@ class Chunk(Struct, array_like=True, omit_defaults=True):
     """What follows is here already: whoever sends this on may wait for it, and send both at once."""
     logprobs: list[TokenLogprob] | None = None
     """Of the tokens whose text ends in this chunk; a token without text goes with the next that has some."""
+    segment: Segment | None = None
+    """Of a recording; its text is the chunk's."""
+    recording: Recording | None = None
+    """Set once a recording, on the first chunk that is about it."""
 
     @property
     def begins(self) -> bool:
         """Whether it only says that an input has left the line and is being read."""
-        return not (self.tokens or self.text or self.finish_reason or self.vector or self.score is not None)
+        said = self.tokens or self.text or self.finish_reason or self.vector or self.segment
+        return not (said or self.score is not None)
 
 
 class TokensOf(Struct, frozen=True, tag=True):

@@ -33,6 +33,7 @@ PICKLES = (".bin", ".pt", ".pth")
 _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|openvino_)[^/]*")
 
 GENERATES = ("ForCausalLM", "LMHeadModel")
+TRANSCRIBES = ("WhisperForConditionalGeneration",)
 # fmt: off
 # Encoders whose bare model (`BertModel`: no head) makes vectors that can be pooled.
 ENCODERS = {
@@ -128,7 +129,7 @@ def inspect(folder: Path, files: Collection[str] = ()) -> ModelCard:
             format="none",
             model_type="echo",
             architecture=config.architecture,
-            tasks=("generate", "embed", "score"),
+            tasks=("generate", "embed", "score", "transcribe"),
             weights_bytes=0,
         )
     if config is None and "adapter_config.json" in names:
@@ -217,6 +218,8 @@ def _tasks(names: set[str], config: _Config) -> tuple[Task, ...]:
         return ("embed",)
     if config.architecture.endswith(GENERATES):
         return ("generate",)
+    if config.architecture in TRANSCRIBES:
+        return ("transcribe",)
     if config.model_type in ENCODERS and config.architecture.endswith("Model"):
         return ("embed",)
     return ()

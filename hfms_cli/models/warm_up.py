@@ -6,12 +6,14 @@ It goes to the engine as any call does, and so it warms whatever a call needs, o
 from __future__ import annotations
 
 import asyncio
+import io
+import wave
 
 import structlog
 
 from hfms_cli.engines.host import EngineHost
 from hfms_cli.errors import BadRequest, HfmsError, LoadFailed
-from hfms_cli.types import Call, CallInput, Pair, Sampling, Task
+from hfms_cli.types import Call, CallInput, Pair, Sampling, Speech, Task
 
 log = structlog.get_logger("hfms.models")
 
@@ -43,7 +45,11 @@ async def warm_up(host: EngineHost, seconds: float) -> None:
 
 
 async def _answered(host: EngineHost, task: Task) -> None:
-    asked: CallInput = Pair(TEXT, TEXT) if task == "score" else TEXT
+    asked: CallInput = TEXT
+    if task == "score":
+        asked = Pair(TEXT, TEXT)
+    elif task == "transcribe":
+        asked = Speech(data=_silence())
     sampling = Sampling(max_tokens=TOKENS, temperature=0.0)
     try:
         async for _ in host.submit(
@@ -52,3 +58,14 @@ async def _answered(host: EngineHost, task: Task) -> None:
             continue
     except BadRequest as exc:  # a model that takes other texts than this one
         log.info("no warm-up", model=host.model, task=task, reason=exc.message)
+
+
+def _silence() -> bytes:
+    """A second of it, as a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(32_000))
+    return file.getvalue()

@@ -59,6 +59,7 @@ ABILITIES: dict[Task, str] = {
     "generate": "generate text",
     "embed": "make embeddings",
     "score": "score pairs of texts",
+    "transcribe": "write down speech",
 }
 """Tasks, as people are told of them."""
 

@@ -28,6 +28,47 @@ class ErrorEnvelope(Struct):
     error: ErrorBody
 
 
+class AudioUsage(Struct):
+    type: Literal["duration"]
+    seconds: float
+
+
+class TranscribedSegment(Struct):
+    id: int
+    seek: int
+    """Where the window that it was heard in begins, in hundredths of a second."""
+    start: float
+    """Seconds, as `end`."""
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    """Of the window's tokens, as what follows is the window's."""
+    compression_ratio: float
+    no_speech_prob: float
+
+
+class Transcription(Struct):
+    """All but `text` and `usage` only as `verbose_json`."""
+
+    text: str
+    usage: AudioUsage
+    task: Literal["transcribe", "translate"] | UnsetType = UNSET
+    language: str | UnsetType = UNSET
+    duration: float | UnsetType = UNSET
+    segments: list[TranscribedSegment] | UnsetType = UNSET
+
+
+class TranscriptEvent(Struct):
+    """One event of a streamed transcription."""
+
+    type: Literal["transcript.text.delta", "transcript.text.done"]
+    delta: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    usage: AudioUsage | UnsetType = UNSET
+
+
 class CompletionDetails(Struct):
     reasoning_tokens: int
 

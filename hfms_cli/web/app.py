@@ -21,7 +21,7 @@ from aiohttp.typedefs import Middleware as AroundAll
 from hfms_cli.errors import BadRequest, HfmsError, NotFound, Unauthorized
 from hfms_cli.hookspecs import Middleware, begin_exchange
 from hfms_cli.serving.runtime import Runtime, Serving
-from hfms_cli.web import docs, models, openai, openapi, responses, share, status, tokens
+from hfms_cli.web import audio, docs, models, openai, openapi, responses, share, status, tokens
 from hfms_cli.web.context import EXCHANGE, LOG, REQUEST_ID, RUNTIME, SERVING, caller_of, respond
 
 log = structlog.get_logger("hfms.web")
@@ -62,6 +62,7 @@ def base_app(serving: Serving, *first: AroundAll) -> web.Application:
     app[SERVING] = serving
     app.add_routes(openai.calls)
     app.add_routes(responses.calls)
+    app.add_routes(audio.calls)
     app.on_response_prepare.append(_add_headers)
     return app
 

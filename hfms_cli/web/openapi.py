@@ -28,6 +28,7 @@ from hfms_cli.web.operation import Operation, operation, operation_of
 DOCUMENT: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("openapi")
 """What is the same in every document of an application."""
 JSON = "application/json"
+FORM = "multipart/form-data"
 REF = "#/components/schemas/{name}"
 
 ERRORS = {
@@ -124,9 +125,10 @@ def _operation(route: web.AbstractRoute, path: str, about: Operation | None) -> 
         media: dict[str, Any] = {"schema": _schema_of(about.body)}
         if about.example is not None:
             media["example"] = about.example
-        entry["requestBody"] = {"required": about.body_required, "content": {JSON: media}}
+        entry["requestBody"] = {"required": about.body_required, "content": {FORM if about.form else JSON: media}}
         statuses |= {400, 413}
     responses = {"200": _good(200, about.answer, about.events)}
+    responses["200"].setdefault("content", {}).update({kind: {"schema": {"type": "string"}} for kind in about.texts})
     responses |= {str(status): _good(status, kind, None) for status, kind in about.also.items()}
     for name, text in about.tells.items():
         responses["200"]["headers"][name] = {"description": text, "schema": {"type": "string"}}
@@ -222,6 +224,8 @@ def _schemas(kinds: Iterable[Any], *, sent: bool) -> dict[str, Any]:
                 del about["default"]  # what a missing field means is not `null`
             if sent and not about and field not in required:
                 del fields[field]
+            elif sent and about.pop("contentEncoding", None):  # bytes come as the file of a form
+                fields[field] = about | {"format": "binary", "description": docs.get(name, {}).get(field, "A file.")}
             elif text := docs.get(name, {}).get(field):
                 fields[field] = about | {"description": text}
     return schemas

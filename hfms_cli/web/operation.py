@@ -21,11 +21,12 @@ _ATTRIBUTE = "hfms_operation"
 class Operation:
     """tag: the group it is shown in. answer: type of the JSON of a 200, or the name of another media type.
 
-    body: type of the JSON that is sent. example: of such a body. body_required: False where all of it may be left out.
+    body: type of the JSON that is sent, or with `form` of the fields of a form. example: of such a body.
+    body_required: False where all of it may be left out.
     events: type of the JSON of each event, where `stream: true` asks for some. also: further good statuses, with the
     types of their JSON. errors: statuses of errors beside those that every route may answer. headers: those of the
     request that count, with their types. query: a type whose fields are those of the query. tells: headers of the
-    answer, each with a sentence.
+    answer, each with a sentence. texts: further media types of a 200, which are plain text.
     """
 
     tag: str
@@ -39,6 +40,8 @@ class Operation:
     headers: Mapping[str, Any] = field(default_factory=dict)
     query: Any = None
     tells: Mapping[str, str] = field(default_factory=dict)
+    form: bool = False
+    texts: tuple[str, ...] = ()
 
 
 def operation(tag: str, answer: Any, **more: Any) -> Callable[[Handler], Handler]:

@@ -10,6 +10,7 @@ from hfms_engines.embeddings import Embeddings, EmbeddingsOptions
 from hfms_engines.generation import GenerationEngine, GenerationOptions
 from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
 from hfms_engines.openvino import OpenVinoEngine, OpenVinoOptions
+from hfms_engines.speech import SpeechEngine, SpeechOptions
 
 
 @hookimpl
@@ -18,6 +19,7 @@ def hfms_engines() -> Iterator[Provider[Engine]]:
     yield Provider("openvino", OpenVinoEngine, OpenVinoOptions, summary="Text generation on CPUs, fast and batched.")
     yield Provider("transformers", GenerationEngine, GenerationOptions, summary="Text generation by torch, batched.")
     yield Provider("llama_cpp", LlamaCppEngine, LlamaCppOptions, summary="Text generation from GGUF, without torch.")
+    yield Provider("speech", SpeechEngine, SpeechOptions, summary="What is said in recordings, by Whisper and torch.")
     yield Provider(
         "embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings and scores of pairs, as sentence-transformers."
     )

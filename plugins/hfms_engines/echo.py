@@ -34,7 +34,10 @@ from hfms_cli import (
     Pair,
     Progress,
     Question,
+    Recording,
     Reply,
+    Segment,
+    Speech,
     Task,
     TextOf,
     TokenLogprob,
@@ -104,6 +107,8 @@ def words_of(item: CallInput) -> list[str]:
     """What the echo says to an input; each word is a token."""
     if isinstance(item, Pair):
         return [*words_of(item.query), *words_of(item.document)]
+    if isinstance(item, Speech):
+        item = item.data.decode(errors="replace")
     if isinstance(item, Conversation):
         content = item.messages[-1].get("content")
         item = content if isinstance(content, str) else json.dumps(content)
@@ -134,6 +139,20 @@ def likeness(item: CallInput) -> float:
     return len(query & {*item.document.split()}) / max(1, len(query))
 
 
+def heard(item: CallInput) -> list[Chunk]:
+    """What is said in a recording, as if its bytes were text: a segment of a second for each word."""
+    words = words_of(item)
+    chunks = [
+        Chunk(text=word, tokens=1, segment=Segment(i, i + 1, word, [token_id(word)], seek=100 * i))
+        for i, word in enumerate(words)
+    ]
+    return [
+        Chunk(prompt_tokens=len(words), recording=Recording(float(len(words)), "english")),
+        *chunks,
+        Chunk(finish_reason="stop"),
+    ]
+
+
 @dataclass
 class EchoModel:
     """The loaded model."""
@@ -158,6 +177,10 @@ class EchoModel:
                 param=structure.param,
                 code="unsupported_parameter",
             )
+        if call.task == "transcribe":
+            self.done += [(call.id, chunk) for chunk in heard(call.inputs[0])]
+            self.done.append((call.id, None))
+            return
         if call.task == "score":
             for i, item in enumerate(call.inputs):
                 self.done.append((call.id, Chunk(index=i, prompt_tokens=len(words_of(item)), score=likeness(item))))
@@ -233,7 +256,7 @@ class EchoEngine:
     """The engine `echo`: only the models that the storage `echo` makes."""
 
     name = "echo"
-    tasks: tuple[Task, ...] = ("generate", "embed", "score")
+    tasks: tuple[Task, ...] = ("generate", "embed", "score", "transcribe")
 
     def __init__(self, options: EchoOptions) -> None:
         self.options = options
@@ -251,7 +274,7 @@ class EchoEngine:
             engine=self.name,
             device=request.device.id,
             dtype="none",
-            tasks=("generate", "embed", "score"),
+            tasks=self.tasks,
             context_length=CONTEXT,
             max_batch=self.options.max_batch,
             memory_bytes=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfms_cli import BadRequest, Call, ContextLengthExceeded, Conversation, NoChatTemplate, Pair, Sampling
+from hfms_cli import BadRequest, Call, ContextLengthExceeded, Conversation, NoChatTemplate, Pair, Sampling, Speech
 
 Entry = str | list[int] | Conversation
 """One input of a call."""
@@ -24,8 +24,8 @@ def check_call(call: Call, vocabulary: int) -> list[Entry]:
         check_token(token, vocabulary, "stop_token_ids")
     entries: list[Entry] = []
     for entry in call.inputs:
-        if isinstance(entry, Pair):
-            raise BadRequest("A pair of texts is for models that score pairs.", param="model")
+        if isinstance(entry, Pair | Speech):
+            raise BadRequest("Pairs of texts and recordings are for models of other kinds.", param="model")
         entries.append(entry)
     return entries
 

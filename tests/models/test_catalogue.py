@@ -44,8 +44,8 @@ def looked(*folders: Path) -> Catalogue:
 def test_models_are_listed_by_their_place_in_the_folder_with_what_their_files_say(house):
     catalogue = looked(house)
     assert {e.id: (e.architecture, e.tasks) for e in catalogue.entries} == {
-        "small": ("EchoModel", ("generate", "embed", "score")),
-        "org/large": ("EchoModel", ("generate", "embed", "score")),
+        "small": ("EchoModel", ("generate", "embed", "score", "transcribe")),
+        "org/large": ("EchoModel", ("generate", "embed", "score", "transcribe")),
     }
     assert str(catalogue.find("org/large").name) == str(house / "org" / "large")
     assert catalogue.faults == []

@@ -156,7 +156,7 @@ def test_the_echo_model_has_no_weights(tmp_path):
     write_config(tmp_path, {"model_type": "echo", "architectures": ["EchoModel"]})
     card = inspect(tmp_path)
     assert (card.format, card.weights_bytes, card.weights) == ("none", 0, ())
-    assert card.tasks == ("generate", "embed", "score")
+    assert card.tasks == ("generate", "embed", "score", "transcribe")
 
 
 def test_a_gguf_file_is_read_through_its_folder_and_by_its_own_path(tmp_path):

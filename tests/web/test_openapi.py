@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import jsonschema
 import msgspec
 import openapi_spec_validator
@@ -72,7 +73,7 @@ async def test_every_example_is_what_its_route_takes(serve):
     told = 0
     for _, path, about in operations(document):
         if "requestBody" in about:
-            media = about["requestBody"]["content"]["application/json"]
+            (media,) = about["requestBody"]["content"].values()
             validate(media["example"], media["schema"], document, path)
             told += 1
     assert told == sum("requestBody" in about for _, _, about in operations(document)) > 8
@@ -172,6 +173,9 @@ CALLS = [
     ("POST", "/rerank", {"model": "echo:a", "query": "q", "documents": ["a"], "return_documents": False}),
     ("POST", "/v1/score", {"model": "echo:a", "text_1": "q", "text_2": ["a", "b"]}),
     ("POST", "/score", {"model": "echo:a", "text_1": "q", "text_2": "a"}),
+    ("POST", "/v1/audio/transcriptions", {"model": "echo:a", "response_format": "verbose_json"}),
+    ("POST", "/v1/audio/transcriptions", {"model": "echo:a", "response_format": "vtt"}),
+    ("POST", "/v1/audio/translations", {"model": "echo:a"}),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/{id}", None),
     ("GET", "/models", None),
@@ -206,13 +210,20 @@ WRONG = [
 ]
 
 
+def as_form(fields: dict[str, str]) -> aiohttp.FormData:
+    form = aiohttp.FormData(fields)
+    form.add_field("file", b"one two", filename="a.wav")
+    return form
+
+
 async def test_what_is_answered_is_what_the_document_says(serve):
     async with serve("echo:a", **GUARDED) as server:
         document = await document_of(server)
         filled = {"id": "echo:a"}
         for method, path, body in CALLS:
             url = server.url + path.format(**filled) if "{" in path else server.url + path
-            async with server.session.request(method, url, json=body, headers=ADMIN) as response:
+            sent = {"data": as_form(body)} if "/audio/" in path else {"json": body}
+            async with server.session.request(method, url, headers=ADMIN, **sent) as response:
                 said = document["paths"][path][method.lower()]["responses"][str(response.status)]
                 text = await response.text()
                 assert response.status < 300, f"{path}: {text}"

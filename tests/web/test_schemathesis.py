@@ -100,7 +100,15 @@ async def test_every_route_holds_what_the_document_says(serve, tmp_path, part):
         )
     assert status == 0, said
     if part == "inference":
-        paths = ("chat/completions", "completions", "responses", "embeddings", "rerank", "score")
+        paths = (
+            "chat/completions",
+            "completions",
+            "responses",
+            "embeddings",
+            "rerank",
+            "score",
+            "audio/transcriptions",
+        )
         assert answered(seen) >= {f"POST /v1/{path}" for path in paths}
 
 

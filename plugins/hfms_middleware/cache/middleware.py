@@ -174,7 +174,7 @@ class Cache(Middleware):
 
 def deterministic(call: Call) -> bool:
     """Whether the same call would be answered the same."""
-    return call.task != "generate" or call.sampling.temperature == 0 or call.sampling.seed is not None
+    return call.task in ("embed", "score") or call.sampling.temperature == 0 or call.sampling.seed is not None
 
 
 def key_of(call: Call, *, shared: bool) -> str:
@@ -184,6 +184,6 @@ def key_of(call: Call, *, shared: bool) -> str:
     """
     tenant = None if shared else call.caller.tenant
     asked = msgspec.structs.replace(call, id="", model="", caller=Caller(), priority=1, waited=0.0)
-    # JSON with its keys in order: the same dict, written in another order, asks the same.
-    plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted")
-    return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
+    # With keys in order: the same dict, written in another order, asks the same. Recordings stay bytes.
+    plain = msgspec.to_builtins([tenant, asked], str_keys=True, order="sorted", builtin_types=(bytes,))
+    return hashlib.sha256(_encode(plain)).hexdigest()

@@ -19,11 +19,13 @@ import msgspec
 from hfms_cli import (
     Call,
     Caller,
+    CallInput,
     Chunk,
     Config,
     Middleware,
     Overloaded,
     Proceed,
+    Speech,
     Unavailable,
     caller_of,
     exchange,
@@ -44,6 +46,8 @@ BLOCKS = "/ipfs/"
 """Below it other servers read what this one shares: thousands of blocks for one model."""
 BYTES_PER_TOKEN = 3
 """Of a prompt that is not yet tokenised. English has more than four a token, code and Chinese about three."""
+BYTES_PER_SOUND = 80
+"""Of a recording: a second is 50 tokens, and takes 4,000 bytes where it is compressed well."""
 MINUTE, DAY = 60, 86_400
 
 
@@ -223,14 +227,20 @@ def owner_of(caller: Caller) -> str:
 
 def most_tokens(call: Call, reserve_tokens: int) -> int:
     """What a call may come to: its prompts by their bytes, and for each choice all that it may write."""
-    prompts = sum(
-        len(item) if isinstance(item, list) else -(-len(msgspec.json.encode(item)) // BYTES_PER_TOKEN)
-        for item in call.inputs
-    )
+    prompts = sum(map(_most_prompt_tokens, call.inputs))
     if call.task != "generate":
         return prompts
     most = reserve_tokens if call.sampling.max_tokens is None else call.sampling.max_tokens
     return prompts + len(call.inputs) * call.n * most
+
+
+def _most_prompt_tokens(item: CallInput) -> int:
+    """Of one input. A recording counts by its own measure: its bytes are no text."""
+    if isinstance(item, list):
+        return len(item)
+    if isinstance(item, Speech):
+        return -(-len(item.data) // BYTES_PER_SOUND)
+    return -(-len(msgspec.json.encode(item)) // BYTES_PER_TOKEN)
 
 
 def tell(taken: Taken) -> None:
