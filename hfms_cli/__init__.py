@@ -54,6 +54,8 @@ from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gg
 from hfms_cli.settings import setting
 from hfms_cli.types import (
     PRIORITIES,
+    Adapter,
+    AdapterCard,
     Call,
     Caller,
     CallInput,
@@ -118,6 +120,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PICKLES",
     "PRIORITIES",
+    "Adapter",
+    "AdapterCard",
     "AsJson",
     "BadRequest",
     "Call",

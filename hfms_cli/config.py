@@ -94,6 +94,10 @@ class ModelsConfig:
     draft_models: dict[str, str] = setting(
         dict, "Smaller models of the same vocabulary that guess for larger ones: model = draft model."
     )
+    lora_modules: list[str] = setting(
+        list,
+        'LoRA adapters to load at start: "name=org/adapter", or {"name", "path", "base_model_name"} as JSON.',
+    )
     profile: str = setting(
         "auto",
         "Which of the choices of `hfms models tune` to load a model by; auto: throughput, else latency.",

@@ -245,6 +245,12 @@ class LoadedModel(Protocol):
     cancels, new calls and heartbeats are seen between two steps.
 
     A model with a tokenizer may also have `ask(question: Question) -> Reply`, which is answered between two steps.
+
+    One that takes LoRA adapters has, too, between two steps:
+    - `add_adapter(adapter: Adapter)`: from now on calls may name its id (`Call.adapter`), and run in one batch with
+      others. One that is there already is left alone. Raises BadRequest where it does not fit the model; then nothing
+      has changed;
+    - `remove_adapter(id: str)`: no call names it any more. Unknown ids are ignored.
     """
 
     info: LoadedInfo

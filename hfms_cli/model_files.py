@@ -1,7 +1,7 @@
 """Which of a model's files an engine needs: one set of weights, and the small files that go with it.
 
 A repository often holds the same weights five times over. Safetensors are taken where there are any, then one GGUF
-model, and pickles only where there is nothing else.
+model, and pickles only where there is nothing else. Where there is no model, a LoRA adapter is taken.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "no_model"]
+__all__ = ["ADAPTER", "PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "no_model"]
 
 PICKLES = (".bin", ".pt", ".pth")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""A LoRA adapter in PEFT's format: all that is taken of it."""
 
 # Configurations, tokenizers and chat templates. Nothing of this is ever run.
 _SIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
@@ -56,6 +58,8 @@ def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
     side = [p for p in near if p.endswith(_SIDE) and not _NO_SIDE.fullmatch(p.rpartition("/")[2])]
     if not quant and f"{base}config.json" in near and (weights := _safetensors(near, base)):
         return tuple(sorted({*side, *weights}))
+    if not quant and set(ADAPTER) <= {*near}:
+        return ADAPTER
     if models := gguf_models(known):
         return _gguf(models, quant)
     if not quant and (pickles := _pickles(near, base)):

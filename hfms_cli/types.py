@@ -15,6 +15,8 @@ from msgspec import Struct
 
 __all__ = [
     "PRIORITIES",
+    "Adapter",
+    "AdapterCard",
     "Call",
     "CallInput",
     "Caller",
@@ -197,6 +199,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Those that are special tokens are not left out of it, and one that a chat's prompt ends with comes first.
     """
+    adapter: str = ""
+    """`Adapter.id` of the one that answers; empty: the model as it is. Set where the call goes to its engine."""
 
 
 class TokenLogprob(Struct, array_like=True, frozen=True):
@@ -495,3 +499,32 @@ class LoadedInfo(Struct, frozen=True, kw_only=True):
     """Bytes that one token of one stream reads of the weights; 0: unknown."""
     template: str = ""
     """The chat template's own text; empty where there is none. It says which format calls and reasoning have."""
+
+
+class AdapterCard(Struct, frozen=True, kw_only=True):
+    """How a LoRA adapter changes a model, in the words of PEFT's `adapter_config.json`: all of it that is honoured.
+
+    A linear layer whose name fits `target_modules` adds `scale * B @ A @ x` to what it says; A is [r, inputs], B is
+    [outputs, r], and `scale` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str]
+    """Ends of names; as one text, a regular expression for whole names, or `all-linear`."""
+    exclude_modules: str | list[str] = []
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    """`r` of the layers whose names end with a regular expression."""
+    alpha_pattern: dict[str, float] = {}
+    base_model_name_or_path: str = ""
+    """What it was trained on, as its maker calls that; empty: it does not say."""
+
+
+class Adapter(Struct, frozen=True):
+    """A LoRA adapter, as an engine gets it: `adapter_model.safetensors` in `folder`."""
+
+    id: str
+    """Names this load of it, and no other."""
+    folder: str
+    card: AdapterCard

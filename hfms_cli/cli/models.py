@@ -257,9 +257,35 @@ def load(
     typer.echo(printable(f"{row.get('id', name)} is {row['status']['value']} on {row.get('device', '?')}"))
 
 
+@app.command("load-lora")
+def load_lora(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What clients name as their model.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="org/name[@revision], ipfs://CID or a folder: PEFT's format.")
+    ],
+    base_model_name: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it is for; by default the one that it names itself.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the name of an adapter that is there.")] = False,
+    url: ServerUrl = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a LoRA adapter into the running server, beside its model; `hfms models unload NAME` takes it out."""
+    body = {"lora_name": name, "lora_path": str(_parsed(adapter)), "load_inplace": replace}
+    if base_model_name is not None:
+        body["base_model_name"] = base_model_name
+    with _waiting(f"loading {name} ..."):
+        row = _run(_post(_client(url, config), "/v1/load_lora_adapter", body))
+    if as_json:
+        print_json(row)
+        return
+    typer.echo(printable(f"{row.get('id', name)} is {row['status']['value']}, an adapter of {row.get('parent', '?')}"))
+
+
 @app.command()
 def unload(name: ModelArgument, url: ServerUrl = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
-    """Take a model out of the running server; calls in flight may finish."""
+    """Take a model or an adapter out of the running server; calls in flight may finish."""
     with _waiting(f"unloading {name} ..."):
         row = _run(_post(_client(url, config), "/models/unload", {"model": name}))
     if as_json:
@@ -326,6 +352,8 @@ def _served_row(row: dict[str, Any]) -> list[str]:
         state += f" {progress:.0%}"
     if reason := status.get("reason"):
         state += f": {reason}"
+    if parent := row.get("parent"):
+        state += f", an adapter of {parent}"
     memory = row.get("memory_bytes")
     return [
         str(row.get("id")),

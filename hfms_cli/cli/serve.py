@@ -37,6 +37,10 @@ def serve(
         str | None,
         typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary that guesses for those given here."),
     ] = None,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=ADAPTER", help="A LoRA adapter to load at start, served as NAME; may be repeated."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="What `hfms models tune` was to find: auto, latency or throughput.")
     ] = None,
@@ -56,6 +60,7 @@ def serve(
             "dtype": dtype,
             "quantize": quantize,
             "draft_models": dict.fromkeys(models, draft_model) if models and draft_model else None,
+            "lora_modules": lora_modules or None,
             "profile": profile,
             "replicas": replicas,
         },
@@ -75,6 +80,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
 
     from hfms_cli.errors import BadRequest, ConfigError
     from hfms_cli.models import names
+    from hfms_cli.models.adapters import read_module
     from hfms_cli.plugins import discover
     from hfms_cli.serving.listen import listen
     from hfms_cli.serving.owner import Fronts
@@ -91,6 +97,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
             names.parse(name)  # a misspelt name is told before anything starts
         except BadRequest as exc:
             raise ConfigError(exc.message, param="serve") from exc
+    adapters = [read_module(text) for text in config.models.lora_modules]
     runtime = Runtime.build(config, discover(config))
     runner = Runner(build_app(runtime))
     await runner.setup()
@@ -121,6 +128,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
             runtime.fronts.start()
         stop = _on_signals(console)
         loads = runtime.pool.preload(wanted)
+        runtime.pool.adapters.preload(adapters, loads)
         host, port = own[0].getsockname()[:2]
         _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         announce = asyncio.create_task(_announce(console, runtime, loads, stop))
@@ -170,6 +178,8 @@ async def _announce(console: Console, runtime: Runtime, loads: list[ServedModel]
     """Say how each load ended, as soon as it has; on a terminal also what those that go on are doing."""
     from rich.markup import escape
 
+    from hfms_cli.errors import HfmsError
+
     pending = {asyncio.ensure_future(asyncio.wait([model.ready])): model for model in loads}
     status = console.status("") if console.is_terminal and loads else contextlib.nullcontext()
     with status as shown:
@@ -189,6 +199,13 @@ async def _announce(console: Console, runtime: Runtime, loads: list[ServedModel]
                     )
             if shown is not None:
                 shown.update(escape(", ".join(f"{m.id}: {m.doing or 'waiting'}" for m in pending.values())))
+    for name, load in runtime.pool.adapters.begun.items():
+        await asyncio.wait([load])
+        try:
+            console.print(f"[green]ready[/]  {escape(name)}: an adapter of {escape(load.result().parent.id)}")
+        except HfmsError as exc:
+            console.print(f"[red]failed[/] {escape(name)}: {escape(exc.message)}", soft_wrap=True)
+            stop.failed |= runtime.config.models.exit_on_failure
     if stop.failed:
         console.print("[red]stopping[/] because of that ([models] exit_on_failure)")
         stop.first.set()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from hfms_cli.engines import wire
 from hfms_cli.engines.owed import Owed
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest, Report, report_nothing
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo, Question, Reply
+from hfms_cli.types import Adapter, Call, Chunk, Device, LoadedInfo, Question, Reply
 
 log = structlog.get_logger("hfms.engine")
 
@@ -88,7 +88,7 @@ class EngineHost:
         self._device = device
         self._calls: dict[str, _Pending] = {}
         self._numbers = itertools.count()
-        self._asked: dict[int, asyncio.Future[Reply]] = {}
+        self._asked: dict[int, asyncio.Future[Reply | None]] = {}
         self._loop = asyncio.get_running_loop()
         self._last_beat = self._loop.time()
         self._stderr: deque[str] = deque(maxlen=20)
@@ -183,13 +183,26 @@ class EngineHost:
 
     async def ask(self, question: Question) -> Reply:
         """What the engine says between two steps. Raises what it raised; EngineDied if it is gone."""
+        reply = await self._ask(lambda number: wire.Ask(number, question))
+        assert reply is not None
+        return reply
+
+    async def adapt(self, adapter: Adapter) -> None:
+        """Have the engine take an adapter. Raises as `ask` does, and BadRequest where it does not fit the model."""
+        await self._ask(lambda number: wire.Adapt(number, adapter))
+
+    async def unadapt(self, adapter_id: str) -> None:
+        """Have the engine forget an adapter that no call uses. Raises as `ask` does."""
+        await self._ask(lambda number: wire.Unadapt(number, adapter_id))
+
+    async def _ask(self, frame: Callable[[int], wire.Ask | wire.Adapt | wire.Unadapt]) -> Reply | None:
         if self.ended.done():
             raise self._died()
         number = next(self._numbers)
-        answer: asyncio.Future[Reply] = self._loop.create_future()
+        answer: asyncio.Future[Reply | None] = self._loop.create_future()
         self._asked[number] = answer
         try:
-            self._send(wire.Ask(number, question))
+            self._send(frame(number))
             return await answer
         finally:
             del self._asked[number]
@@ -301,7 +314,7 @@ class EngineHost:
             return
         if told.fault is not None:
             answer.set_exception(told.fault.error())
-        elif told.reply is not None:
+        else:
             answer.set_result(told.reply)
 
     async def _watch(self) -> None:

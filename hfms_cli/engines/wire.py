@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from hfms_cli.errors import HfmsError, from_wire
-from hfms_cli.types import Call, Chunk, Device, LoadedInfo, ModelCard, Quantize, Question, Reply
+from hfms_cli.types import Adapter, Call, Chunk, Device, LoadedInfo, ModelCard, Quantize, Question, Reply
 
 HEADER = struct.Struct("<I")
 
@@ -49,6 +49,20 @@ class Ask(Struct, tag=True):
 
     number: int
     question: Question
+
+
+class Adapt(Struct, tag=True):
+    """An adapter that calls may name from now on. number: of the `Told` that answers."""
+
+    number: int
+    adapter: Adapter
+
+
+class Unadapt(Struct, tag=True):
+    """An adapter that no call names any more. number: of the `Told` that answers."""
+
+    number: int
+    id: str
 
 
 class Close(Struct, tag=True):
@@ -95,7 +109,7 @@ class Loaded(Struct, tag=True):
 
 
 class Told(Struct, tag=True):
-    """The reply to an `Ask`, or what went wrong."""
+    """The reply to an `Ask`, or what went wrong. An `Adapt` or `Unadapt` that went well has neither."""
 
     number: int
     reply: Reply | None = None
@@ -116,7 +130,7 @@ class Step(Struct, tag=True):
     """Resident memory of the worker's process and of what it has started."""
 
 
-ToWorker = Load | Submit | Cancel | Ask | Close
+ToWorker = Load | Submit | Cancel | Ask | Adapt | Unadapt | Close
 ToFront = Phase | Loaded | Failed | Step | Told
 
 _encoder = msgspec.msgpack.Encoder()

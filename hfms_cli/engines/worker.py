@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -26,7 +27,7 @@ from hfms_cli.engines.resident import tree_bytes
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
 from hfms_cli.hookspecs import Draft, LoadedModel, LoadRequest
 from hfms_cli.plugins import discover
-from hfms_cli.types import Chunk, Question
+from hfms_cli.types import Chunk
 
 BEAT_SECONDS = 1.0
 """How often an idle worker says that it lives."""
@@ -116,8 +117,8 @@ def serve(model: LoadedModel, link: Link) -> None:
                         events.append(wire.Event(call.id, fault=_fault(exc)))
                 case wire.Cancel(call_id):
                     model.cancel(call_id)
-                case wire.Ask(number, question):
-                    link.send(_told(model, number, question))
+                case wire.Ask() | wire.Adapt() | wire.Unadapt():
+                    link.send(_told(model, frame))
                 case wire.Close():
                     model.close()
                     return
@@ -126,14 +127,27 @@ def serve(model: LoadedModel, link: Link) -> None:
         link.send(wire.Step(events, model.waiting(), link.memory()))
 
 
-def _told(model: LoadedModel, number: int, question: Question) -> wire.Told:
+def _told(model: LoadedModel, frame: wire.Ask | wire.Adapt | wire.Unadapt) -> wire.Told:
+    """What is done between two steps."""
     try:
-        ask = getattr(model, "ask", None)
-        if ask is None:
-            raise BadRequest(f"The engine {model.info.engine} does not tell about tokens.", param="model")
-        return wire.Told(number, reply=ask(question))
+        match frame:
+            case wire.Ask(number, question):
+                return wire.Told(number, reply=_able(model, "ask", "does not tell about tokens")(question))
+            case wire.Adapt(number, adapter):
+                _able(model, "add_adapter", "takes no LoRA adapters")(adapter)
+            case wire.Unadapt(number, adapter_id):
+                _able(model, "remove_adapter", "takes no LoRA adapters")(adapter_id)
+        return wire.Told(number)
     except Exception as exc:
-        return wire.Told(number, fault=_fault(exc))
+        return wire.Told(frame.number, fault=_fault(exc))
+
+
+def _able(model: LoadedModel, method: str, unable: str) -> Callable[[Any], Any]:
+    """One of the methods that a model may have. Raises BadRequest."""
+    found: Callable[[Any], Any] | None = getattr(model, method, None)
+    if found is None:
+        raise BadRequest(f"The engine {model.info.engine} {unable}.", param="model")
+    return found
 
 
 def _event(call_id: str, outcome: Chunk | HfmsError | None) -> wire.Event:

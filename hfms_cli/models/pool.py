@@ -29,6 +29,7 @@ from hfms_cli.errors import (
     Unavailable,
 )
 from hfms_cli.models import eviction, names
+from hfms_cli.models.adapters import Adapters, ServedAdapter
 from hfms_cli.models.catalogue import Catalogue, Entry
 from hfms_cli.models.loader import Fetched, Loader, Placement, Wish
 from hfms_cli.models.phases import Phases
@@ -92,6 +93,7 @@ class Pool:
         self._models: dict[str, ServedModel] = {}
         self._aliases: Mapping[str, str] = {} if aliases is None else aliases
         self.catalogue = catalogue or Catalogue()
+        self.adapters = Adapters(self)
         self._on_loaded = on_loaded
         self._on_unloaded = on_unloaded
         self._clock = clock or asyncio.get_running_loop().time
@@ -113,12 +115,16 @@ class Pool:
         return list(self._models.values())
 
     def find(self, name: str) -> ServedModel | None:
-        """A model of the pool by its id, its alias or the name that it was loaded by."""
+        """A model of the pool by its id, its alias or the name that it was loaded by; no adapter."""
         name = self._aliases.get(name, name)
         for model in self._models.values():
             if name in (model.id, str(model.name)) or name in model.aliases:
                 return model
         return None
+
+    def called(self, name: str) -> ServedModel | ServedAdapter | None:
+        """What answers calls by this name."""
+        return self.adapters.find(name) or self.find(name)
 
     def _meant_by(self, name: str) -> Entry:
         """What a name stands for: that of the catalogue, else what it says by itself. Raises BadRequest."""
@@ -137,6 +143,7 @@ class Pool:
     def names(self) -> list[str]:
         """Every name that is known here."""
         served = [n for m in self._models.values() for n in (m.id, *sorted(m.aliases))]
+        served += [adapter.name for adapter in self.adapters]
         return [*served, *self._aliases, *(n for e in self.catalogue.entries for n in (e.id, *e.aliases))]
 
     def _is_one_of(self, model: ServedModel, told: Collection[str]) -> bool:
@@ -151,19 +158,21 @@ class Pool:
     # Calls.
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str, caller: Caller = ANYBODY) -> AsyncIterator[ServedModel]:
-        """A loaded model that is not unloaded while the block runs; waits for its load.
+    async def lease(self, name: str, caller: Caller = ANYBODY) -> AsyncIterator[ServedModel | ServedAdapter]:
+        """A loaded model, or an adapter of one, that is not unloaded while the block runs; waits for its load.
 
         Raises Forbidden, ModelNotFound, Unavailable, DeadlineExceeded, Overloaded, or what made the load fail.
         """
         if not caller.may_use(*self._known_as(name)):
             # Before anything is loaded; and the same answer whether or not there is such a model.
             raise Forbidden(f"This key may not use the model `{name}`.", param="model", code="model_not_allowed")
-        model = await self._loaded(name, caller)
+        adapter = self.adapters.find(name)
+        model = await self._loaded(adapter.parent.id if adapter else name, caller)
         model.leases += 1
         model.idle.clear()
         try:
-            yield model
+            with adapter.lease() if adapter else contextlib.nullcontext(model) as called:
+                yield called
         finally:
             model.leases -= 1
             model.used(self._clock())
@@ -269,6 +278,8 @@ class Pool:
         evict: whether models that nobody uses may be unloaded for it.
         """
         meant = self._meant_by(name)
+        if self.adapters.find(meant.id):
+            raise Conflict(f"`{meant.id}` is the name of an adapter.", param="model")
         model = self.find(name) or self._models.get(meant.id)
         if model is None:
             model = self._new(meant)
@@ -307,7 +318,7 @@ class Pool:
         if model.forgotten:
             raise Conflict(f"`{model.id}` is being unloaded; load it again when that is over.", param="model")
         listed = self.catalogue.find(alias) if alias else None
-        taken = self.find(alias) not in (None, model) if alias else False
+        taken = self.called(alias) not in (None, model) if alias else False
         if taken or alias in self._aliases or (listed is not None and listed.id != model.id):
             raise Conflict(f"`{alias}` is already the name of another model.", param="alias")
 
@@ -342,6 +353,7 @@ class Pool:
                     restart_limit=self.keeping.restart_limit,
                     on_loaded=self._on_loaded,
                     clock=self._clock,
+                    adapters=model.adapters,
                 )
                 for number, placement in enumerate(placements)
             ]
@@ -458,6 +470,7 @@ class Pool:
         if model is None:
             raise ModelNotFound.named(name, self.names())
         model.unloading = model.forgotten = True
+        self.adapters.forget(model)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.idle.wait(), drain_seconds)
         await self._end(model)
@@ -478,6 +491,7 @@ class Pool:
         """End every process."""
         if self._idle_watch is not None:
             self._idle_watch.cancel()
+        await self.adapters.close()
         await asyncio.gather(*(self._end(m) for m in self._models.values()))
         await asyncio.gather(*self._leaving)
         self._models.clear()
@@ -498,6 +512,8 @@ class Pool:
                 return f"{model.id} is {model.state}{f' ({model.doing})' if model.doing else ''}"
             if model.state == "failed" and required:
                 return f"{model.id} could not be loaded: {model.reason}"
+        if starting := self.adapters.starting:
+            return f"the adapter {starting} is loading"
         if any(host.alive() for m in self._models.values() if m.state == "loaded" for host in m.hosts):
             return None
         if self.keeping.load_on_request and any(m.away is not None for m in self._models.values()):

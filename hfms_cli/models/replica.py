@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import structlog
@@ -19,7 +19,7 @@ from hfms_cli.errors import HfmsError, LoadFailed, Unavailable
 from hfms_cli.models.ledger import Reservation
 from hfms_cli.models.loader import Loader, Placement
 from hfms_cli.models.phases import Phases
-from hfms_cli.types import LoadedInfo
+from hfms_cli.types import Adapter, LoadedInfo
 
 log = structlog.get_logger("hfms.models")
 
@@ -44,8 +44,12 @@ class Replica:
         restart_limit: int,
         on_loaded: Callable[[Replica], None],
         clock: Callable[[], float],
+        adapters: Mapping[str, Adapter] = {},
     ) -> None:
-        """model: its id, for logs and messages. on_loaded: told after each start."""
+        """model: its id, for logs and messages. on_loaded: told after each start.
+
+        adapters: by their ids, those that each start brings along, as they are by then.
+        """
         self.model = model
         self.number = number
         self.placement = placement
@@ -60,6 +64,7 @@ class Replica:
         self._restart_limit = restart_limit
         self._on_loaded = on_loaded
         self._clock = clock
+        self._adapters = adapters
         self._host: EngineHost | None = None
         self.reservation: Reservation | None = None
         """Its memory, while its process runs."""
@@ -104,6 +109,7 @@ class Replica:
         began = self._clock()
         self.phases = Phases(self._clock)
         self._host, self.reservation = await self._loader.start(self.model, self.placement, self.phases)
+        await self._adapt(self._host)
         self.phases.end()
         self.load_seconds = self._clock() - began
         self.state, self.reason = "loaded", None
@@ -119,6 +125,17 @@ class Replica:
             self._first_load.set_result(None)
         self._on_loaded(self)
         return self._host
+
+    async def _adapt(self, host: EngineHost) -> None:
+        """Bring the adapters along, also those that are loaded meanwhile. Calls of one that fails hear of it."""
+        tried: set[str] = set()
+        while missing := [a for a in self._adapters.values() if a.id not in tried]:
+            for adapter in missing:
+                tried.add(adapter.id)
+                try:
+                    await host.adapt(adapter)
+                except HfmsError as exc:
+                    log.error("adapter is not back", **self._named(), reason=exc.message)
 
     def _fail(self, error: HfmsError) -> None:
         self.state, self.reason = "failed", error.message

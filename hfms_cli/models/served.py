@@ -16,7 +16,7 @@ from hfms_cli.models.eviction import Held
 from hfms_cli.models.loader import Wish
 from hfms_cli.models.phases import Phases
 from hfms_cli.models.replica import Replica, ReplicaState, status
-from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest, ModelName
+from hfms_cli.types import Adapter, Call, Chunk, LoadedInfo, Manifest, ModelName
 
 State = ReplicaState | Literal["unloading", "unloaded"]
 
@@ -40,6 +40,8 @@ class ServedModel:
     replicas: list[Replica] = field(default_factory=list)
     """Empty until it is known where they go."""
     aliases: set[str] = field(default_factory=set)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    """By their ids: those that its replicas have, and bring along when they start again."""
     pinned: bool = False
     """It stays in memory, whoever else needs room and however long nobody calls it."""
     idle_seconds: float = 0.0

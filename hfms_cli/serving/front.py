@@ -78,7 +78,7 @@ class Owner:
         self._seen: dict[str, LeasedModel] = {}
         self._gone = False
 
-    def find(self, name: str) -> LeasedModel | None:
+    def called(self, name: str) -> LeasedModel | None:
         """A model that was leased by this name before."""
         return self._seen.get(name)
 

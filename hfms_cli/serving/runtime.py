@@ -39,7 +39,7 @@ class Named(Protocol):
 class Finds(Protocol):
     """Knows models by the names that callers use."""
 
-    def find(self, name: str) -> Named | None: ...
+    def called(self, name: str) -> Named | None: ...
 
 
 class Serving(Protocol):

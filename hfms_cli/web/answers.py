@@ -374,6 +374,8 @@ class ServedModel(Struct):
     revision: str | UnsetType = UNSET
     digest: str | UnsetType = UNSET
     """Of the files of that revision."""
+    parent: str | UnsetType = UNSET
+    """Of a LoRA adapter: the model that it changes."""
 
 
 class ServedModelList(Struct):
@@ -438,6 +440,8 @@ class ModelState(ReplicaState, kw_only=True):
     architecture: str | UnsetType = UNSET
     estimated_bytes: int | UnsetType = UNSET
     replicas: list[ReplicaState] | UnsetType = UNSET
+    parent: str | UnsetType = UNSET
+    """Of a LoRA adapter: the model that it changes, whose state is its own."""
 
 
 class ModelStateList(Struct):

@@ -204,7 +204,7 @@ def _account(request: web.Request, status_code: int, began: float) -> None:
 def _model_label(request: web.Request) -> str:
     """The model's id where it is served, else empty: what clients send must not become series."""
     asked = request[LOG].get("model")
-    found = request.app[SERVING].pool.find(asked) if asked else None
+    found = request.app[SERVING].pool.called(asked) if asked else None
     return found.id if found else ""
 
 

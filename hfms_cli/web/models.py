@@ -18,7 +18,12 @@ from hfms_cli.web import answers
 from hfms_cli.web.body import parse
 from hfms_cli.web.context import RUNTIME, caller_of, log_of, require_admin, respond
 from hfms_cli.web.operation import operation
-from hfms_cli.web.schemas import LoadModelRequest, UnloadModelRequest
+from hfms_cli.web.schemas import (
+    LoadLoraAdapterRequest,
+    LoadModelRequest,
+    UnloadLoraAdapterRequest,
+    UnloadModelRequest,
+)
 
 routes = web.RouteTableDef()
 
@@ -29,6 +34,7 @@ async def list_states(request: web.Request) -> web.StreamResponse:
     """Every model of the pool that the caller may use, and those on disk as `unloaded`."""
     runtime, caller = request.app[RUNTIME], caller_of(request)
     rows = [describe(m) for m in runtime.pool.models()]
+    rows += [adapter.describe() for adapter in runtime.pool.adapters]
     seen = {row["id"] for row in rows}
     await runtime.pool.catalogue.refresh()
     rows += [_listed(entry) for entry in runtime.pool.catalogue.entries if entry.id not in seen]
@@ -96,13 +102,47 @@ async def load(request: web.Request) -> web.StreamResponse:
 @routes.post("/models/unload")
 @operation("Models", answers.ModelState, body=UnloadModelRequest, example={"model": "org/name"}, errors=(403, 404))
 async def unload(request: web.Request) -> web.StreamResponse:
-    """Let a model's calls in flight finish, and give back its memory. Administrators only."""
+    """Let the calls in flight of a model or of an adapter finish, and give back its memory. Administrators only."""
     require_admin(request)
     body = parse(UnloadModelRequest, await request.read())
     log_of(request)["model"] = body.model
-    runtime = request.app[RUNTIME]
-    model = await runtime.pool.unload(body.model, runtime.config.server.drain_seconds)
+    pool, drain_seconds = request.app[RUNTIME].pool, request.app[RUNTIME].config.server.drain_seconds
+    unload = pool.adapters.unload if pool.adapters.find(body.model) else pool.unload
+    model = await unload(body.model, drain_seconds)
     return respond({"id": model.id, "status": {"value": "unloaded"}})
+
+
+@routes.post("/v1/load_lora_adapter")
+@operation(
+    "Models",
+    answers.ModelState,
+    body=LoadLoraAdapterRequest,
+    example={"lora_name": "sql", "lora_path": "org/sql-adapter"},
+    errors=(403, 404, 409, 502, 503),
+)
+async def load_lora_adapter(request: web.Request) -> web.StreamResponse:
+    """Load a LoRA adapter beside its model, under a name of its own. Administrators only."""
+    require_admin(request)
+    body = parse(LoadLoraAdapterRequest, await request.read())
+    log_of(request)["model"] = body.lora_name
+    runtime = request.app[RUNTIME]
+    _refuse_foreign_path(body.lora_path, runtime.config.models.folders, param="lora_path")
+    adapter = await runtime.pool.adapters.load(
+        body.lora_name, body.lora_path, body.base_model_name, replace=body.load_inplace
+    )
+    return respond(adapter.describe())
+
+
+@routes.post("/v1/unload_lora_adapter")
+@operation("Models", answers.ModelState, body=UnloadLoraAdapterRequest, example={"lora_name": "sql"}, errors=(403, 404))
+async def unload_lora_adapter(request: web.Request) -> web.StreamResponse:
+    """Serve an adapter no more; calls in flight finish with it. Administrators only."""
+    require_admin(request)
+    body = parse(UnloadLoraAdapterRequest, await request.read())
+    log_of(request)["model"] = body.lora_name
+    runtime = request.app[RUNTIME]
+    adapter = await runtime.pool.adapters.unload(body.lora_name, runtime.config.server.drain_seconds)
+    return respond({"id": adapter.id, "status": {"value": "unloaded"}, "parent": adapter.parent.id})
 
 
 def _wishes(body: LoadModelRequest, usual: int) -> tuple[Wish, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from hfms_cli.errors import ModelNotFound
+from hfms_cli.model_files import ADAPTER
 from hfms_cli.models import names
 from hfms_cli.models.router import stands_for
 from hfms_cli.types import Call, Chunk, LoadedInfo, Manifest
@@ -198,6 +199,10 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
         info = model.host.info if model.host else None
         for name in (model.id, *sorted(model.aliases)):
             add(name, model.created, model.id, model.manifest, info)
+    for adapter in runtime.pool.adapters:
+        info = adapter.parent.host.info if adapter.parent.host else None
+        add(adapter.name, adapter.created, adapter.name, adapter.manifest, info)
+        found[adapter.name]["parent"] = adapter.parent.id
     if runtime.config.models.load_on_request:
         await runtime.pool.catalogue.refresh()
         on_disk = await runtime.router.list()
@@ -207,6 +212,8 @@ async def _servable(request: web.Request) -> dict[str, dict[str, Any]]:
                 for name in (entry.id, *entry.aliases):
                     add(name, int(runtime.started), entry.id, manifest)
         for manifest in on_disk:
+            if any(f.path == ADAPTER[0] for f in manifest.files):
+                continue  # not a model: it is loaded beside one, under another name
             name = names.served_id(manifest.name)
             add(name, int(runtime.started), name, manifest)
     for alias, target in runtime.pool.aliases.items():

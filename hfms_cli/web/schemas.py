@@ -464,6 +464,25 @@ class UnloadModelRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str
 
 
+class LoadLoraAdapterRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/load_lora_adapter`, in vLLM's words."""
+
+    lora_name: str
+    """What calls name as their `model`."""
+    lora_path: str
+    """Where it comes from: any name that a model may have."""
+    base_model_name: str | None = None
+    """The model that it is for; by default the one that it names itself, or the only one."""
+    load_inplace: bool = False
+    """It may take the name of another adapter, whose calls in flight finish with that one."""
+
+
+class UnloadLoraAdapterRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+
+
 def lowered(asked: str | None, param: str, caller: Caller) -> int:
     """The priority of a call: its key's, or a lower one that it asks for. Raises BadRequest."""
     if asked is None:

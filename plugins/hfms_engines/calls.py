@@ -37,6 +37,8 @@ class OpenCall:
     """With whose calls it may share what the cache keeps."""
     unfinished: int
     """Sequences that have not ended."""
+    adapter: str = ""
+    """The id of the LoRA adapter that answers; empty: none."""
     begun: bool = False
     gone: bool = False
     """Cancelled or failed."""
@@ -44,7 +46,8 @@ class OpenCall:
     @classmethod
     def of(cls, call: Call) -> OpenCall:
         who = call.caller.key_id or call.caller.address
-        return cls(call.id, call.priority, who, call.caller.tenant, unfinished=len(call.inputs) * call.n)
+        unfinished = len(call.inputs) * call.n
+        return cls(call.id, call.priority, who, call.caller.tenant, unfinished, call.adapter)
 
 
 @dataclass(eq=False)

@@ -35,7 +35,7 @@ ABANDONED_AFTER = 24 * 3600
 PACKAGES = ("openvino", "transformers", "torch")
 """Whose versions a conversion depends on."""
 
-TEXTS = ("openvino_export", "quality")
+TEXTS = ("openvino_export", "quality", "lora_openvino")
 SENTENCES = ("sentence_openvino", "sentence_torch", "openvino_export")
 """The makers of models for generation and for embeddings, each with what else its result depends on."""
 

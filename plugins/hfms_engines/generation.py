@@ -50,6 +50,9 @@ class GenerationOptions:
         0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
     )
 
+    max_loras: int = setting(8, "LoRA adapters of a model that may be loaded at once.", ge=0)
+    max_lora_rank: int = setting(256, "Highest rank of a LoRA adapter.", ge=1)
+
     def prefill_on(self, device: Device) -> int:
         return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
 
@@ -96,7 +99,13 @@ class GenerationEngine:
         from hfms_engines.slots import SlotScheduler
 
         cache = cache_bytes(request, self.options.kv_cache_bytes, torch_bytes(request))
-        runner = torch_runner.load(request, cache_bytes=cache, threads=self.options.threads)
+        runner = torch_runner.load(
+            request,
+            cache_bytes=cache,
+            threads=self.options.threads,
+            max_loras=self.options.max_loras,
+            max_lora_rank=self.options.max_lora_rank,
+        )
         template = template_text(runner.tokenizer)
         info = LoadedInfo(
             engine=self.name,

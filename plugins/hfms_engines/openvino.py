@@ -77,6 +77,10 @@ class OpenVinoOptions:
         "Keep what prompts begin with for those of the same key that begin alike, for those of all keys, or not.",
         choices=("key", "all", "off"),
     )
+    max_loras: int = setting(
+        0, "LoRA adapters of a model that may be loaded at once; with any, each pass takes a little longer.", ge=0
+    )
+    max_lora_rank: int = setting(256, "Highest rank of a LoRA adapter.", ge=1)
     cache_dir: str = setting(
         "",
         'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
@@ -159,12 +163,19 @@ class OpenVinoEngine:
             draft_folder, draft_cache = self._export(draft, quantize), int(cache * share)
         request.report("compile")
 
-        def compiled(folder: Path, cache: int, *, share: bool) -> Runner:
+        def compiled(folder: Path, cache: int, *, share: bool, max_loras: int = 0) -> Runner:
             return openvino_runner.load(
-                folder, dtype=request.dtype, cache_bytes=cache, share=share, threads=self.options.threads
+                folder,
+                dtype=request.dtype,
+                cache_bytes=cache,
+                share=share,
+                threads=self.options.threads,
+                max_loras=max_loras,
+                max_lora_rank=self.options.max_lora_rank,
             )
 
-        runner = compiled(folder, cache - draft_cache, share=self.options.prefix_cache != "off")
+        share = self.options.prefix_cache != "off"
+        runner = compiled(folder, cache - draft_cache, share=share, max_loras=self.options.max_loras)
         drafter = compiled(draft_folder, draft_cache, share=False) if draft_folder else None
         if drafter and drafter.tokenizer.get_vocab() != runner.tokenizer.get_vocab():
             raise LoadFailed("The draft model has another vocabulary; only one with the same tokens can guess.")

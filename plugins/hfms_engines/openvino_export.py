@@ -34,6 +34,7 @@ from openvino import opset13 as ops
 
 from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard, Quality
 from hfms_engines.conversion import QUALITY, begin, main, say
+from hfms_engines.lora_openvino import layer_of, merged_name
 
 MODEL = "openvino_model.xml"
 INPUTS = (
@@ -279,6 +280,8 @@ def merge(model: Any) -> int:
             out = ops.add(out, ops.constant(np.concatenate([bias[1] for bias in biases])))
             ends = [bias[0] for bias in biases]
         parts = ops.variadic_split(out, ops.constant(-1), ops.constant([len(w) for w in weights]))
+        if all(layers := [layer_of(product) for product in products]):
+            parts.set_friendly_name(merged_name(layers))
         for i, end in enumerate(ends):
             end.output(0).replace(parts.output(i))
         merged += 1
@@ -363,6 +366,9 @@ def _put_rows(node: Any, targets: list[Any]) -> None:
             _put(node, [port])
         else:
             turned = ops.matmul(product.input_value(0), node, how["transpose_a"], True)
+            called = product.get_friendly_name()
+            product.set_friendly_name(f"{called}/turned")  # no two nodes have one name
+            turned.set_friendly_name(called)
             product.output(0).replace(turned.output(0))
 
 

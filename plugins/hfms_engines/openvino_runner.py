@@ -5,7 +5,7 @@ Imports openvino and torch: for worker processes only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import transformers
 
 from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines.blocks import Blocks
+from hfms_engines.lora import Shape
+from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 from hfms_engines.text import decoder_of
@@ -39,8 +41,19 @@ class Runner:
     """A compiled model and its tokenizer, ready to run."""
 
     def __init__(
-        self, compiled: Any, tokenizer: Any, about: About, *, precision: str, cache_bytes: int | None, share: bool
+        self,
+        compiled: Any,
+        tokenizer: Any,
+        about: About,
+        *,
+        precision: str,
+        cache_bytes: int | None,
+        share: bool,
+        layers: Mapping[str, Shape] = {},
+        max_loras: int = 0,
+        max_lora_rank: int = 0,
     ) -> None:
+        """layers: that adapters may change."""
         self.tokenizer = tokenizer
         self.decode = decoder_of(tokenizer)
         """Text of tokens, special ones left out."""
@@ -49,7 +62,10 @@ class Runner:
         self.stop_ids = frozenset(about.stop_ids)
         self.silent_ids = set(about.silent_ids)
         self._request = compiled.create_infer_request()
-        caches = [port for port in compiled.inputs if port.get_any_name() not in INPUTS]
+        self.changes = Changes(self._request, layers, most=max_loras, most_rank=max_lora_rank)
+        """LoRA adapters."""
+        named = [(port, port.get_any_name()) for port in compiled.inputs]
+        caches = [port for port, name in named if name not in INPUTS and not is_input(name)]
         shapes = [[d.get_length() for d in list(port.get_partial_shape())[1:]] for port in caches]
         block_bytes = sum(
             int(np.prod(shape)) * port.get_element_type().size for port, shape in zip(caches, shapes, strict=True)
@@ -79,10 +95,12 @@ class Runner:
         starts: Sequence[int],
         tables: Sequence[Sequence[int]],
         tails: Sequence[int],
+        adapters: Sequence[str] = (),
     ) -> torch.Tensor:
         """Run pieces of sequences, and return the logits of as many of each one's last tokens as `tails` says.
 
         starts: how many tokens of each sequence are in its blocks. tables: its blocks, enough for the piece too.
+        adapters: the id of each one's, empty for the model as it is; without any, all are.
         Returns [sum of tails, vocabulary] float32, which is the caller's until the next pass.
         """
         lengths = [len(piece) for piece in pieces]
@@ -103,6 +121,7 @@ class Runner:
             ("wanted", np.array(wanted or [0])),
         ):
             self._request.set_tensor(name, ov.Tensor(values))
+        self.changes.choose(adapters, lengths)
         self._request.infer()
         return torch.from_numpy(self._request.get_output_tensor(0).data)[: len(wanted)]
 
@@ -136,11 +155,21 @@ def precision_of(core: Any, dtype: str) -> str:
     return "bfloat16" if fast and dtype != "float32" else "float32"
 
 
-def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool, threads: int = 0) -> Runner:
+def load(
+    folder: Path,
+    *,
+    dtype: str,
+    cache_bytes: int | None,
+    share: bool,
+    threads: int = 0,
+    max_loras: int = 0,
+    max_lora_rank: int = 0,
+) -> Runner:
     """Compile the model in an export's folder for this machine's CPU.
 
     dtype: "auto", "float32" or "bfloat16". cache_bytes: for keys and values; None: a few blocks.
-    threads: 0: one for each physical core.
+    threads: 0: one for each physical core. max_loras, max_lora_rank: how many adapters it may have at once, and of what
+    rank; with 0 it has no inputs for any.
     Raises LoadFailed and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
@@ -150,6 +179,7 @@ def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool, thre
     short = SHORT[precision]
     try:
         model = read(core, folder)
+        layers = add_inputs(model, "wanted") if max_loras else {}
         compiled = core.compile_model(
             model,
             "CPU",
@@ -163,4 +193,14 @@ def load(folder: Path, *, dtype: str, cache_bytes: int | None, share: bool, thre
     except RuntimeError as exc:
         raise LoadFailed("openvino cannot compile this model.") from exc
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Runner(compiled, tokenizer, about, precision=precision, cache_bytes=cache_bytes, share=share)
+    return Runner(
+        compiled,
+        tokenizer,
+        about,
+        precision=precision,
+        cache_bytes=cache_bytes,
+        share=share,
+        layers=layers,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+    )

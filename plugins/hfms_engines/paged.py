@@ -102,6 +102,7 @@ class PagedScheduler(Scheduler):
                 starts=[p.seq.cached for p in pieces],
                 tables=[self._tables[p.seq].blocks for p in pieces],
                 tails=[p.scored + p.tail for p in pieces],
+                adapters=[p.seq.call.adapter for p in pieces],
             )
             if any(p.scored for p in pieces):
                 logits = self._without_scored(pieces, logits, scores)
@@ -284,7 +285,8 @@ class PagedScheduler(Scheduler):
             return None
         # What blocks hold already cannot be scored.
         known = [] if seq.prompt.unscored else seq.tokens
-        table = self._blocks.open(known, "" if self._share else seq.call.tenant)
+        # The same tokens have other keys and values by another adapter.
+        table = self._blocks.open(known, f"{seq.call.adapter} {'' if self._share else seq.call.tenant}")
         # A block to grow for each that is under way; alone, a sequence always fits.
         spare = len(self._rows)
         more = self._blocks.needed(seq.length) - len(table.blocks)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hfms_cli import (
+    Adapter,
     BadRequest,
     Call,
     Chunk,
@@ -48,6 +49,7 @@ from hfms_engines.text import CONTEXT, Detokenizer, StopStrings, Withheld, decod
 if TYPE_CHECKING:
     import torch
 
+    from hfms_engines.lora import Adapters
     from hfms_engines.sampling import Sampler
     from hfms_engines.structure import Matcher
 
@@ -131,6 +133,18 @@ class Seq(Choice):
         return chunk
 
 
+class AnyChanges(Protocol):
+    """The LoRA adapters of a model."""
+
+    adapters: Adapters
+
+    def add(self, adapter: Adapter) -> None:
+        """Raises BadRequest; then nothing has changed."""
+
+    def remove(self, adapter_id: str) -> None:
+        """Unknown ids are ignored."""
+
+
 class AnyRunner(Protocol):
     """What every scheduler needs to know of a model and its tokenizer."""
 
@@ -139,6 +153,9 @@ class AnyRunner(Protocol):
     stop_ids: frozenset[int]
     silent_ids: set[int]
     """Tokens without text."""
+
+    @property
+    def changes(self) -> AnyChanges: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -210,6 +227,7 @@ class Scheduler(ABC):
     def submit(self, call: Call) -> None:
         """Raises BadRequest, ContextLengthExceeded and NoChatTemplate."""
         entries = limits.check_call(call, self._runner.vocabulary)
+        self._runner.changes.adapters.check(call.adapter)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
         prompts = [self._prompt(call, entry) for entry in entries]
@@ -327,6 +345,13 @@ class Scheduler(ABC):
         except Exception as exc:
             raise limits.unfit_messages() from exc
         return ids
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Raises BadRequest; then nothing has changed."""
+        self._runner.changes.add(adapter)
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        self._runner.changes.remove(adapter_id)
 
     def cancel(self, call_id: str) -> None:
         self._forget(call_id)

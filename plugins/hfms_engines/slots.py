@@ -56,7 +56,7 @@ class SlotScheduler(Scheduler):
         rows = list(self._rows)
 
         def work() -> list[int]:
-            logits = self._forward([[s.made[-1]] for s in rows], [s.cached for s in rows], first=0)
+            logits = self._forward(rows, [[s.made[-1]] for s in rows], [s.cached for s in rows], first=0)
             return self._choose(logits, rows)
 
         tokens = self._attempt(work, rows, events)
@@ -89,7 +89,7 @@ class SlotScheduler(Scheduler):
             tokens = [piece[:1] * n + piece for n, piece in zip(short, pieces, strict=True)]
             starts = [s.cached - n for n, s in zip(short, readers, strict=True)]
             first = len(self._rows)
-            logits = self._forward(tokens, starts, first=first, tail=scored + last if scored else 1)
+            logits = self._forward(readers, tokens, starts, first=first, tail=scored + last if scored else 1)
             if scored:
                 scores.append(self._score_prompt(readers[0], logits[:scored]))
             if not last:
@@ -123,9 +123,11 @@ class SlotScheduler(Scheduler):
             first.setdefault(id(seq if seq.made else seq.prompt), seq)
         return list(first.values())
 
-    def _forward(self, tokens: list[list[int]], starts: list[int], *, first: int, tail: int = 1) -> torch.Tensor:
+    def _forward(
+        self, seqs: list[Seq], tokens: list[list[int]], starts: list[int], *, first: int, tail: int = 1
+    ) -> torch.Tensor:
         self._cache.reserve(*self._slots())
-        return self._runner.forward(tokens, starts, first, tail=tail)
+        return self._runner.forward(tokens, starts, first, tail=tail, adapters=[s.call.adapter for s in seqs])
 
     def _admit(self, most: int, events: list[Event]) -> None:
         """Let in the first in line: as many as there are slots and room for, and as one pass can read."""

@@ -32,6 +32,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from hfms_cli import ConfigError, DoesNotFit, LoadFailed, LoadRequest, UnsafeFormat
+from hfms_engines.lora_torch import Changes
 from hfms_engines.machine import physical_cores
 from hfms_engines.text import decoder_of
 
@@ -241,7 +242,16 @@ def _teach_masks() -> None:
 class Runner:
     """A model and its tokenizer, ready to run."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, device: torch.device, context_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        context_length: int,
+        max_loras: int = 0,
+        max_lora_rank: int = 0,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.decode = decoder_of(tokenizer)
@@ -249,6 +259,8 @@ class Runner:
         self.device = device
         self.context_length = context_length
         self.cache = SlotCache()
+        self.changes = Changes(model, most=max_loras, most_rank=max_lora_rank)
+        """LoRA adapters."""
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model, tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -261,13 +273,21 @@ class Runner:
 
     @_inference
     def forward(
-        self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int = 0, *, tail: int = 1
+        self,
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        first: int = 0,
+        *,
+        tail: int = 1,
+        adapters: Sequence[str] = (),
     ) -> torch.Tensor:
         """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
 
         tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
+        adapters: the id of each row's, empty for the model as it is; without any, all are.
         Returns [rows * tail, vocabulary] float32.
         """
+        self.changes.choose(adapters)
         self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
         ids = torch.tensor(tokens, device=self.device)
         cache = {self._cache_name: self.cache}
@@ -350,10 +370,13 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def load(request: LoadRequest, *, cache_bytes: int, threads: int = 0) -> Runner:
+def load(
+    request: LoadRequest, *, cache_bytes: int, threads: int = 0, max_loras: int = 0, max_lora_rank: int = 0
+) -> Runner:
     """Load a model that keeps its state in keys and values only.
 
     cache_bytes: for keys and values of all running sequences. threads: on the CPU; 0: one for each physical core.
+    max_loras, max_lora_rank: how many adapters it may have at once, and of what rank.
     Raises LoadFailed, UnsafeFormat and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
@@ -362,7 +385,7 @@ def load(request: LoadRequest, *, cache_bytes: int, threads: int = 0) -> Runner:
     _teach_masks()
     try:
         with _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext():
-            runner = _load(request)
+            runner = _load(request, max_loras, max_lora_rank)
         runner.prove()
     except Exception as exc:
         if Runner.is_out_of_memory(exc):
@@ -382,7 +405,7 @@ def load(request: LoadRequest, *, cache_bytes: int, threads: int = 0) -> Runner:
     return runner
 
 
-def _load(request: LoadRequest) -> Runner:
+def _load(request: LoadRequest, max_loras: int, max_lora_rank: int) -> Runner:
     card, folder = request.card, str(Path(request.folder))
     device = torch.device(request.device.torch_device or "cpu")
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
@@ -412,7 +435,14 @@ def _load(request: LoadRequest) -> Runner:
             ) from exc
         raise LoadFailed(f"transformers cannot load this model: {type(exc).__name__}.") from exc
     model.eval()
-    return Runner(model, tokenizer, device=device, context_length=_context_length(config, tokenizer, request))
+    return Runner(
+        model,
+        tokenizer,
+        device=device,
+        context_length=_context_length(config, tokenizer, request),
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+    )
 
 
 def _dtype(request: LoadRequest, device: torch.device) -> Any:

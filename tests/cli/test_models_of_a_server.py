@@ -94,6 +94,15 @@ def test_unload_says_what_the_server_said(hfms, server):
     assert server.asked == [("POST", "/models/unload", {"model": "mine"})]
 
 
+def test_load_lora_sends_name_and_adapter_and_says_whose_it_is(hfms, server, tmp_path):
+    row = {"id": "sql", "status": {"value": "loaded"}, "parent": "org/base"}
+    server.replies["POST", "/v1/load_lora_adapter"] = (200, row)
+    done = hfms("models", "load-lora", "sql", "./sql", "--base-model-name", "base", "--url", server.url)
+    assert (done.returncode, done.stdout) == (0, "sql is loaded, an adapter of org/base\n")
+    body = {"lora_name": "sql", "lora_path": str(tmp_path / "sql"), "load_inplace": False, "base_model_name": "base"}
+    assert server.asked == [("POST", "/v1/load_lora_adapter", body)]
+
+
 def test_refusal_is_told_in_the_servers_words(hfms, server):
     envelope = {"error": {"message": "The model `x` does not exist.", "code": "model_not_found"}}
     server.replies["POST", "/models/unload"] = (404, envelope)

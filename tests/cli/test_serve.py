@@ -61,6 +61,18 @@ async def test_a_second_ctrl_c_stops_at_once(hfms):
                 assert await served.process.wait() == 0
 
 
+async def test_an_adapter_that_cannot_be_loaded_at_the_start_is_told_and_the_server_goes_on(hfms, tmp_path):
+    (tmp_path / "empty").mkdir()
+    served = await hfms("echo:a", "--lora-modules", "sql=./empty")
+    printed = await served.until("failed sql")
+    assert "ready  echo:a" in printed
+
+
+async def test_a_module_that_names_no_adapter_stops_the_start(hfms):
+    with pytest.raises(AssertionError, match="names no adapter"):
+        await hfms("echo:a", "--lora-modules", "sql")
+
+
 async def test_a_load_that_fails_is_told_and_the_server_goes_on(hfms, tmp_path):
     (tmp_path / "empty").mkdir()
     served = await hfms("./empty", "echo:a")
