@@ -17,10 +17,12 @@ POEM = [{"role": "user", "content": "Write a short poem in French and Japanese w
 
 
 FLOAT32 = "[models]\ndtype = 'float32'\n"
-# Sums of floats depend on the shape of what is added: in float32 SmolLM2's logprobs differ by up to 6e-5 between batches
-# of different sizes, and of some thousand draws one falls between two such sums. Where two answers of that many tokens
-# are compared, each is made in passes of the same shapes: one sequence, the same pieces of its prompt.
-ONE_SHAPE = FLOAT32 + """
+# Sums of floats depend on the shape of what is added: in float32 SmolLM2's logprobs differ by up to 6e-5 between
+# batches of different sizes, and of some thousand draws one falls between two such sums. Where two answers of that
+# many tokens are compared, each is made in passes of the same shapes: one sequence, the same pieces of its prompt.
+ONE_SHAPE = """
+[models]
+dtype = 'float32'
 [engine]
 order = ["openvino"]
 [engine.openvino]

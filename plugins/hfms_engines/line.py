@@ -1,10 +1,10 @@
 """Who is next: the highest priority, then the key that has had least, then who waits longest.
 
 Fairness is by tokens. Each key has an account of what it was given, prompts and answers alike; of those that wait
-with one priority, the key with the lowest account goes first, and where two have had the same, the one with fewer calls.
-A key that comes after a pause starts where the lowest of those present is, so that nobody saves up. What waits of a key
-with one priority rises by a priority for every `AGEING_SECONDS` in which none of it was let in, so that nobody waits
-for ever; a key that floods is let in all the while, so its many do not come to outrank others by waiting.
+with one priority, the key with the lowest account goes first, and where two have had the same, the one with fewer
+calls. A key that comes after a pause starts where the lowest of those present is, so that nobody saves up. What waits
+of a key with one priority rises by a priority for every `AGEING_SECONDS` in which none of it was let in, so that nobody
+waits for ever; a key that floods is let in all the while, so its many do not come to outrank others by waiting.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Line(Generic[W]):
         """Who is next."""
         now = self._clock()
         heads = (lane[0] for lane in self._lanes.values())
-        return min(heads, key=lambda w: (-self._aged(w, now), self.had(w.key), self._present[w.key], w.since), default=None)
+        return min(
+            heads, key=lambda w: (-self._aged(w, now), self.had(w.key), self._present[w.key], w.since), default=None
+        )
 
     def take(self, waiter: W) -> None:
         """Let one go that is first of its priority and key."""

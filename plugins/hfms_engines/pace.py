@@ -6,7 +6,7 @@ from __future__ import annotations
 _LEAST = 32
 # A step that stalls no answer may take so many times as long: only those who come meanwhile wait for it.
 _ALONE = 3
-# One that a caller of few calls may come to wait for takes a part of it, though reading less at once costs more a token.
+# One that a caller of few calls may come to wait for takes a part of it, though less at once costs more a token.
 _SHARED = 0.1
 # Tokens of a step before it is known what they cost.
 _UNKNOWN = 256

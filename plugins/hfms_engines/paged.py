@@ -166,7 +166,7 @@ class PagedScheduler(Scheduler):
                 return
 
     def _most(self, seq: Seq, answering: bool) -> int:
-        """Prompt tokens of the next step, if one reads that has many beside it and others to come, or one that has not."""
+        """Prompt tokens of the next step, if `seq` reads: fewer where its key crowds out others."""
         return self._pace.tokens(answering, shared=self._line.crowds(seq.key))
 
     def _plan(self, under_way: bool) -> list[_Piece]:

@@ -237,7 +237,7 @@ def test_an_adapter_of_a_model_with_more_or_fewer_layers_is_refused(model, tmp_p
         config.num_hidden_layers = layers
         other = tiny.save(tmp_path / f"model{layers}", config)
         adapter = peft_adapters.save(tmp_path / f"adapter{layers}", other, target_modules=["q_proj"])
-        with pytest.raises(BadRequest, match="another model|this model has not"):
+        with pytest.raises(BadRequest, match=r"another model|this model has not"):
             model.add_adapter(peft_adapters.read(adapter, "one"))
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of a running server: loaded, called, listed, unloaded, and back after the engine's process was killed."""
+"""LoRA adapters of a running server: loaded, called, listed, unloaded, and back after the engine was killed."""
 
 from __future__ import annotations
 
@@ -237,7 +237,6 @@ async def test_answers_kept_of_a_base_are_not_its_adapters(serve, folder, torch_
         async with server.session.post(f"{server.url}/v1/completions", json=asked | {"model": "base"}) as response:
             assert response.headers["x-cache"] == "hit"
             assert response.headers["x-hfms-receipt"] != of_adapter
-        _, metrics = await server.get("/models")
         async with server.session.get(f"{server.url}/metrics") as response:
             assert (
                 'hfms_requests_total{endpoint="/v1/completions",model="sql",status="200"} 2.0' in await response.text()
