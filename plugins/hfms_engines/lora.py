@@ -89,7 +89,7 @@ class Adapters:
 
     @property
     def columns(self) -> int:
-        """Of all of them together; 1, which nobody's, where there are none."""
+        """Of all of them together; where there are none, one that is nobody's."""
         return max(1, sum(weights.rank for weights in self._held.values()))
 
     def stacked(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -89,14 +89,55 @@ class Hfms(Peer):
         return f"{__version__} ({subprocess.check_output(commit, text=True).strip()})"
 
     def start(self, cache: Path, precision: str, port: int) -> Start:
-        folder = cache / "hfms"
+        return self.serve(cache, precision, port, self.CONFIGS[precision], gguf(cache), Path(sys.executable))
+
+    def serve(self, cache: Path, precision: str, port: int, config: str, model: Path, python: Path) -> Start:
+        """How to start it with a configuration, on one of the Pythons that have it."""
+        folder = cache / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        config = folder / f"{precision}.toml"
-        config.write_text(self.CONFIGS[precision])
+        file = folder / f"{precision}.toml"
+        file.write_text(config)
         env = {**OUR_ENV, "HFMS_CACHE_DIR": str(folder / "cache"), "HFMS_STATE_DIR": str(folder / "state")}
-        options = ["--config", str(config), "--port", str(port)]
-        model = gguf(cache)
-        return Start([sys.executable, "-m", "hfms_cli", "serve", str(model), *options], env, model=str(model))
+        options = ["--config", str(file), "--port", str(port)]
+        return Start([str(python), "-m", "hfms_cli", "serve", str(model), *options], env, model=str(model))
+
+
+class HfmsNative(Hfms):
+    """hfms with its engine `llama_cpp`, whose library is built here for this CPU: the wheel is for any with AVX2."""
+
+    name = "hfms-native"
+    precisions: ClassVar = {"bf16": "bf16", "Q8_0": "8 bit", "Q4_1": "4 bit"}
+    VERSION = "2026.10.11549"
+    # What it would fetch from elsewhere, and what hfms does not use: grammars are hfms's own, and nothing speaks TLS.
+    NEEDLESS: ClassVar = {"CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF"}
+
+    def install(self, cache: Path) -> str:
+        folder = cache / "hfms-native"
+        log = folder / "install.log"
+        source = folder / f"xllamacpp-{self.VERSION}"
+
+        def unpack() -> None:
+            package = ["--no-deps", "--no-binary", "xllamacpp", f"xllamacpp=={self.VERSION}"]
+            call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *package, log=log)
+            call("tar", "-xf", f"{source}.tar.gz", "-C", folder, log=log)
+            keep_tile_config(source / "thirdparty" / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp")
+
+        def make() -> None:
+            pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "wheel")
+            call(sys.executable, *pip, source, log=log, env=self.NEEDLESS)
+
+        once(source, self.VERSION, unpack)
+        (wheel,) = once(folder / "wheel", self.VERSION, make).glob("*.whl")
+        venv(
+            folder / "venv", ["--editable", f"{REPOSITORY}[llama-cpp]"], ["--force-reinstall", "--no-deps", str(wheel)]
+        )
+        LlamaServer().install(cache)
+        return f"{super().install(cache)} with xllamacpp {self.VERSION}"
+
+    def start(self, cache: Path, precision: str, port: int) -> Start:
+        model = LlamaServer.model(cache, precision)
+        config = '[engine]\norder = ["llama_cpp"]\n'
+        return self.serve(cache, precision, port, config, model, cache / "hfms-native" / "venv" / "bin" / "python")
 
 
 class GenAI(Peer):
@@ -204,9 +245,14 @@ class LlamaServer(Peer):
         command: list[str | Path] = [quantize, "--allow-requantize", gguf(cache), out, precision.upper()]
         once(folder, "requantised", lambda: call(*command, log=folder / "quantize.log"))
 
+    @staticmethod
+    def model(cache: Path, precision: str) -> Path:
+        """The file of a precision, once it is installed."""
+        return gguf(cache) if precision == "Q4_1" else cache / "llama-server" / precision / "model.gguf"
+
     def start(self, cache: Path, precision: str, port: int) -> Start:
         folder = cache / "llama-server"
-        model = gguf(cache) if precision == "Q4_1" else folder / precision / "model.gguf"
+        model = self.model(cache, precision)
         slots = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT)]
         options = ["--host", "127.0.0.1", "--port", str(port), *slots, "--cache-ram", "0"]
         return Start([str(folder / "build" / "bin" / "llama-server"), "--model", str(model), *options])
@@ -283,4 +329,13 @@ class Vllm(Peer):
         return Start([python, "-m", "vllm.entrypoints.openai.api_server", *model, *limits, *where], env)
 
 
-PEERS: list[Peer] = [Hfms(), GenAI(), GenAIAlone(), LlamaServer(), Vllm(), TransformersBatching(), Transformers()]
+PEERS: list[Peer] = [
+    Hfms(),
+    HfmsNative(),
+    GenAI(),
+    GenAIAlone(),
+    LlamaServer(),
+    Vllm(),
+    TransformersBatching(),
+    Transformers(),
+]
