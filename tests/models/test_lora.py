@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 
 from tests.engines import peft_adapters
 from tests.engines.test_openvino import expected
+from tests.web.test_openapi import WITH_ADAPTERS, document_of, validate
 
 TOML = """
 [models]
@@ -99,6 +100,16 @@ async def test_an_adapter_is_listed_with_its_parent_and_leaves_the_lists(serve, 
         assert (status, body["status"]["value"]) == (200, "unloaded")
         assert (await server.get("/v1/models/sql"))[0] == 404
         assert await answer(server, "sql") == (404, "model_not_found")
+
+
+async def test_loading_and_unloading_answer_what_the_document_says(serve, folder, torch_toml):
+    async with serve(str(folder / "base"), toml=torch_toml) as server:
+        document, there = await document_of(server), {"lora_path": str(folder / "sql")}
+        for method, path in sorted(WITH_ADAPTERS):
+            status, body = await server.post(path, {"lora_name": "sql"} | (there if "unload" not in path else {}))
+            said = document["paths"][path][method.lower()]["responses"][str(status)]
+            assert status == 200
+            validate(body, said["content"]["application/json"]["schema"], document, path)
 
 
 async def test_what_is_not_loaded_cannot_be_unloaded(serve, folder, torch_toml):

@@ -61,8 +61,8 @@ async def test_a_leased_model_answers_as_the_owners_own(serve):
             assert await text(model.submit(call("c1"))) == "one two"
         async with asyncio.timeout(20):
             await own.idle.wait()
-        assert pool.find("echo:a").id == "echo:a"
-        assert pool.find("echo:b") is None
+        assert pool.called("echo:a").id == "echo:a"
+        assert pool.called("echo:b") is None
 
 
 async def test_a_call_that_fails_or_is_left_leaves_nothing_of_it_with_the_owner(serve):
