@@ -1,7 +1,8 @@
 """Which of a model's files an engine needs: one set of weights, and the small files that go with it.
 
 A repository often holds the same weights five times over. Safetensors are taken where there are any, then one GGUF
-model, and pickles only where there is nothing else. Where there is no model, a LoRA adapter is taken.
+model, then what OpenVINO reads (a model of its own, or ONNX), and pickles only where there is nothing else. Where there
+is no model, a LoRA adapter is taken.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["ADAPTER", "PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "no_model"]
+__all__ = ["ADAPTER", "PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "graph_files", "no_model"]
 
 PICKLES = (".bin", ".pt", ".pth")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -25,10 +26,10 @@ _PART = re.compile(r"(.*)-\d{5}-of-\d{5}")
 _QUANT = re.compile(r"(?:^|[-_./])((?:UD-)?(?:IQ|TQ|Q)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
 _NO_GGUF = re.compile(r"(.*/)?(mmproj|imatrix)[^/]*|.*imatrix\.gguf", re.IGNORECASE)
 _NO_PICKLE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|openvino_)[^/]*")
-# Formats that no engine takes.
+# Formats that no engine takes, and names that none looks for.
 _FOREIGN = {
-    re.compile(r"(.*/)?openvino_[^/]*\.xml"): "OpenVINO's (hfms makes its own of the original weights)",
-    re.compile(r".*\.onnx"): "ONNX",
+    re.compile(r"(.*/)?openvino_[^/]*\.xml"): "OpenVINO's under a name that is not read (openvino_model.xml is)",
+    re.compile(r".*\.onnx"): "ONNX under a name that is not read (model.onnx is)",
     re.compile(r".*\.(h5|tflite)|(.*/)?saved_model\.pb"): "TensorFlow's",
     re.compile(r".*\.msgpack"): "Flax's",
     re.compile(r".*\.(mlmodel|mlpackage/.*)"): "Core ML's",
@@ -62,8 +63,15 @@ def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
         return ADAPTER
     if models := gguf_models(known):
         return _gguf(models, quant)
-    if not quant and (pickles := _pickles(near, base)):
-        return tuple(sorted({*side, *pickles}))
+    if quant:
+        return ()
+    graphs = graph_files(known) if "config.json" in near else {}
+    modules = [p for p in near if p.endswith("/model.safetensors")] if graphs else []
+    onnx = graphs.get("onnx", ())
+    # ONNX is run for vectors alone: of what may be anything else, pickles are the better find.
+    for weights in (graphs.get("openvino"), onnx if "modules.json" in near else (), _pickles(near, base), onnx):
+        if weights:
+            return tuple(sorted({*side, *weights, *(modules if weights in graphs.values() else ())}))
     return ()
 
 
@@ -72,7 +80,28 @@ def no_model(paths: Iterable[str]) -> str:
     found = list(paths)
     foreign = [format for pattern, format in _FOREIGN.items() if any(map(pattern.fullmatch, found))]
     here = f"; its weights are {' and '.join(foreign)}. Name the repository that they were made from" if foreign else ""
-    return f"holds no model in a format that hfms reads: safetensors beside a `config.json`, or GGUF{here}."
+    return (
+        "holds no model in a format that hfms reads: safetensors, OpenVINO's or ONNX beside a `config.json`, or GGUF"
+        f"{here}."
+    )
+
+
+def graph_files(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The files of a model that is there as a graph, by its format ("openvino", "onnx"), the graph itself first.
+
+    They are where optimum or sentence-transformers put them: beside the `config.json`, or in a folder of their own.
+    """
+    known = {*paths}
+    found: dict[str, tuple[str, ...]] = {}
+    for folder in ("openvino/", ""):
+        files = (f"{folder}openvino_model.xml", f"{folder}openvino_model.bin")
+        if known.issuperset(files):
+            found["openvino"] = files
+    for graph in ("onnx/model.onnx", "model.onnx"):
+        if graph in known:
+            weights = re.compile(re.escape(graph) + r"[._]data(_\d+)?")
+            found["onnx"] = (graph, *sorted(filter(weights.fullmatch, known)))
+    return found
 
 
 def gguf_models(paths: Iterable[str]) -> dict[str, list[str]]:

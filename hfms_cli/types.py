@@ -403,7 +403,7 @@ class Leftover(Struct, frozen=True, kw_only=True):
 class ModelCard(Struct, frozen=True, kw_only=True):
     """What a model's own files say of it, read without torch."""
 
-    format: Literal["safetensors", "gguf", "pickle", "none"]
+    format: Literal["safetensors", "gguf", "openvino", "onnx", "pickle", "none"]
     model_type: str
     """`config.json`'s `model_type`, or GGUF's `general.architecture`."""
     architecture: str

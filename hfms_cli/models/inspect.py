@@ -10,13 +10,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from hfms_cli.errors import LoadFailed
+from hfms_cli.model_files import graph_files
 from hfms_cli.models.gguf import GgufHeader, read_gguf
 from hfms_cli.types import ModelCard, Task
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 LONGEST_CONFIG = 10 * 2**20
 LONGEST_INDEX = 100 * 2**20
 LONGEST_HEADER = 100_000_000  # of a safetensors file; its own library's limit
+LONGEST_GRAPH = 100 * 2**20
 
 PICKLES = (".bin", ".pt", ".pth")
 # What a training run leaves beside a model.
@@ -49,6 +51,14 @@ GGUF_ENCODERS = {
 # GGUF architectures that cannot go on writing a text by themselves.
 GGUF_OTHERS = {"clip", "mmproj", "t5", "wavtokenizer-dec", "whisper"}
 GGUF_RANKS = 4  # of `pooling_type`: scores, not vectors
+
+# Where a constant of an OpenVINO model lies in the file of its weights.
+_CONSTANT = re.compile(rb'<data element_type="(\w+)" shape="([\d, ]*)" offset="(\d+)" size="(\d+)"')
+# fmt: off
+_GRAPH_DTYPES = {
+    "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4",
+}
+# fmt: on
 
 _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(\.\w+)")
 # name -> (torch's name, bits of one)
@@ -140,17 +150,25 @@ def inspect(folder: Path, files: Collection[str] = ()) -> ModelCard:
         return _safetensors(folder, names, base, config, safetensors)
     if ggufs := sorted(n for n in names if n.endswith(".gguf")):
         return _gguf(folder, ggufs)
+    graphs = graph_files(names) if config else {}
+    if config and "openvino" in graphs:
+        return _openvino(folder, names, config, graphs["openvino"])
+    if config and "onnx" in graphs:
+        return _onnx(folder, names, config, graphs["onnx"])
     if pickles := [n for n in beside if n.endswith(PICKLES) and not _LEFTOVERS.fullmatch(n[len(base) :])]:
         return _pickle(folder, names, config or _Config(), pickles)
     if safetensors:
         raise LoadFailed("There are weights without a `config.json`, so nothing says what they are.")
-    raise LoadFailed("There is no model: neither `config.json` with `*.safetensors` nor a `*.gguf` file.")
+    raise LoadFailed(
+        "There is no model: neither a `config.json` with `*.safetensors`, `openvino_model.xml` or `model.onnx`, nor a "
+        "`*.gguf` file."
+    )
 
 
 def _names(folder: Path) -> set[str]:
-    """Files in the folder and one level below it, where sentence-transformers keeps its modules."""
+    """Files in the folder and one level below it, where sentence-transformers keeps its modules and other formats."""
     try:
-        found = [*folder.iterdir(), *folder.glob("[0-9]*_*/*")]
+        found = [*folder.iterdir(), *(p for sub in ("[0-9]*_*", "openvino", "onnx") for p in folder.glob(f"{sub}/*"))]
     except OSError as exc:
         raise LoadFailed(f"The model's folder cannot be read: {exc.strerror}.") from exc
     return {p.relative_to(folder).as_posix() for p in found if p.is_file()}
@@ -172,18 +190,23 @@ def _config(folder: Path, name: str) -> _Config:
 def _json(folder: Path, name: str, kind: type[T], longest: int) -> T:
     """A JSON file. `kind` is what is needed of it; the rest is ignored."""
     try:
-        with (folder / name).open("rb") as file:
-            raw = file.read(longest + 1)
-        if len(raw) > longest:
-            raise LoadFailed(f"`{name}` is longer than {longest // 2**20} MB.")
         # Configs hold NaN and Infinity, which msgspec's own reader refuses.
-        return msgspec.convert(json.loads(raw), kind)
-    except OSError as exc:
-        raise LoadFailed(f"`{name}` cannot be read: {exc.strerror}.") from exc
+        return msgspec.convert(json.loads(_read(folder, name, longest)), kind)
     except msgspec.ValidationError as exc:
         raise LoadFailed(f"`{name}` is not what it should be: {exc}.") from exc
     except (ValueError, RecursionError) as exc:
         raise LoadFailed(f"`{name}` is not valid JSON. Fetch it again.") from exc
+
+
+def _read(folder: Path, name: str, longest: int) -> bytes:
+    try:
+        with (folder / name).open("rb") as file:
+            raw = file.read(longest + 1)
+    except OSError as exc:
+        raise LoadFailed(f"`{name}` cannot be read: {exc.strerror}.") from exc
+    if len(raw) > longest:
+        raise LoadFailed(f"`{name}` is longer than {longest // 2**20} MB.")
+    return raw
 
 
 def _safetensors(folder: Path, names: set[str], base: str, config: _Config, found: list[str]) -> ModelCard:
@@ -193,10 +216,6 @@ def _safetensors(folder: Path, names: set[str], base: str, config: _Config, foun
     for name in weights:
         size += _read_safetensors(folder / name, count)
     dtype = count.most_common(1)[0][0] if count else ""
-    context = (config.text_config or config).context_length() or config.context_length()
-    if f"{base}sentence_bert_config.json" in names:
-        said = _json(folder, f"{base}sentence_bert_config.json", dict[str, Any], LONGEST_CONFIG).get("max_seq_length")
-        context = said if isinstance(said, int) and said > 0 else context
     return ModelCard(
         format="safetensors",
         model_type=config.model_type,
@@ -205,10 +224,18 @@ def _safetensors(folder: Path, names: set[str], base: str, config: _Config, foun
         weights_bytes=size,
         parameters=count.total(),
         dtype=_DTYPES.get(dtype, (dtype.lower(), 0))[0],
-        context_length=context,
+        context_length=_context_length(folder, names, base, config),
         weights=tuple(weights),
         remote_code=config.auto_map is not None,
     )
+
+
+def _context_length(folder: Path, names: set[str], base: str, config: _Config) -> int:
+    if f"{base}sentence_bert_config.json" in names:
+        said = _json(folder, f"{base}sentence_bert_config.json", dict[str, Any], LONGEST_CONFIG).get("max_seq_length")
+        if isinstance(said, int) and said > 0:
+            return said
+    return (config.text_config or config).context_length() or config.context_length()
 
 
 def _tasks(names: set[str], config: _Config) -> tuple[Task, ...]:
@@ -323,6 +350,46 @@ def _token_cache_bytes(head: GgufHeader) -> int:
     usual = number("embedding_length") // heads if heads else 0
     width = (number("attention.key_length") or usual) + (number("attention.value_length") or usual)
     return 2 * number("block_count") * (number("attention.head_count_kv") or heads) * width
+
+
+def _openvino(folder: Path, names: set[str], config: _Config, files: Sequence[str]) -> ModelCard:
+    """The graph says where each constant lies in the file of weights."""
+    graph, weights = files
+    count: Counter[str] = Counter()
+    end = 0
+    for kind, shape, offset, size in _CONSTANT.findall(_read(folder, graph, LONGEST_GRAPH)):
+        count[kind.decode()] += math.prod(map(int, filter(None, shape.replace(b" ", b"").split(b","))))
+        end = max(end, int(offset) + int(size))
+    there = _size(folder, weights)
+    if not count or end > there:
+        raise LoadFailed(f"`{weights}` has {there:,} bytes of {end:,} that `{graph}` names. Fetch the model again.")
+    dtype = count.most_common(1)[0][0]
+    return ModelCard(
+        format="openvino",
+        model_type=config.model_type,
+        architecture=config.architecture,
+        tasks=_tasks(names, config),
+        weights_bytes=there,
+        parameters=count.total(),
+        dtype=_GRAPH_DTYPES.get(dtype, dtype),
+        context_length=_context_length(folder, names, "", config),
+        weights=tuple(files),
+        remote_code=config.auto_map is not None,
+    )
+
+
+def _onnx(folder: Path, names: set[str], config: _Config, files: Sequence[str]) -> ModelCard:
+    """Graph and weights are one file, or the weights lie beside it; what is in them only an engine reads."""
+    return ModelCard(
+        format="onnx",
+        model_type=config.model_type,
+        architecture=config.architecture,
+        tasks=_tasks(names, config),
+        weights_bytes=sum(_size(folder, name) for name in files),
+        context_length=_context_length(folder, names, "", config),
+        weights=tuple(files),
+        remote_code=config.auto_map is not None,
+    )
 
 
 def _pickle(folder: Path, names: set[str], config: _Config, found: list[str]) -> ModelCard:

@@ -18,7 +18,7 @@ LONGEST_CONFIG = 100 * 2**20
 LONGEST_HEADER = 100_000_000
 _GGUF_BEGINS = 2**20
 # What `inspect` reads besides weights.
-_READ = ("config.json", "modules.json", "sentence_bert_config.json", ".index.json")
+_READ = ("config.json", "modules.json", "sentence_bert_config.json", ".index.json", "openvino_model.xml")
 
 
 async def sketch(storage: Any, manifest: Manifest, folder: Path) -> None:

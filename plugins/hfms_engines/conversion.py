@@ -36,8 +36,10 @@ PACKAGES = ("openvino", "transformers", "torch")
 """Whose versions a conversion depends on."""
 
 TEXTS = ("openvino_export", "quality", "lora_openvino")
+NOTES = ("openvino_ir", "openvino_export")
 SENTENCES = ("sentence_openvino", "sentence_torch", "openvino_export")
-"""The makers of models for generation and for embeddings, each with what else its result depends on."""
+"""The makers of models for generation, of notes on those that came as OpenVINO's, and of models for embeddings, each with
+what else its result depends on."""
 
 QUALITY = "quality.json"
 """Beside a quantised model: what that has cost."""
@@ -94,7 +96,7 @@ def _root(cache_dir: str) -> Path:
 def leftovers(cache_dir: str) -> Iterator[Leftover]:
     """Conversions that were broken off, and what no installed version would take any more."""
     try:
-        current = {_digest_of_makers(modules) for modules in (TEXTS, SENTENCES)}
+        current = {_digest_of_makers(modules) for modules in (TEXTS, NOTES, SENTENCES)}
     except importlib.metadata.PackageNotFoundError:
         return  # nothing can be converted here, so nothing is known to be out of date
     for folder in sorted(_root(cache_dir).glob("*/")):

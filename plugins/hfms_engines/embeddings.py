@@ -44,6 +44,8 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 # batch takes while it passes through.
 PROCESS_BYTES = 640 * 2**20
 TOKEN_BYTES = 96 * 2**10
+# Formats that OpenVINO runs as they are.
+GRAPHS = ("openvino", "onnx")
 # What is made into tokens between two forward passes: some milliseconds' work.
 SLICE_TEXTS = 256
 SLICE_CHARACTERS = 2**16
@@ -104,8 +106,10 @@ class Embeddings:
     def supports(self, card: ModelCard, device: Device) -> str | None:
         if not {*card.tasks} & {*self.tasks}:
             return "it makes no embeddings and scores no pairs"
+        if card.format in GRAPHS:
+            return self._why_not_graph(device)
         if card.format not in ("safetensors", "pickle"):
-            return f"its weights are {card.format}, and this engine reads safetensors"
+            return f"its weights are {card.format}, and this engine reads safetensors, OpenVINO's and ONNX"
         if device.torch_device is None:
             return f"torch cannot use {device.id}"
         if self._find("torch") is None or self._find("transformers") is None:
@@ -153,6 +157,12 @@ class Embeddings:
         """OpenVINO where it can run the model, else torch; what was asked for by name is never replaced."""
         options = self._options
         quantize = self._quantize(request)
+        if request.card.format in GRAPHS:
+            if request.quantize == "int8":
+                raise LoadFailed("A model as OpenVINO or ONNX keeps the bits that it was made with; load it without.")
+            from hfms_engines import sentence_graph
+
+            return sentence_graph.load(recipe, request)
         reason = "[engine.embeddings] runner is torch"
         if options.runner != "torch":
             reason = self._why_not_openvino(request) or ""
@@ -173,8 +183,19 @@ class Embeddings:
 
     def _quantize(self, request: LoadRequest) -> Literal["none", "int8"]:
         """What the load asks for, else what the options say."""
+        if request.card.format in GRAPHS:
+            return "none"
         asked = self._options.quantize if request.quantize == "auto" else request.quantize
         return "int8" if asked == "int8" else "none"
+
+    def _why_not_graph(self, device: Device) -> str | None:
+        """Why a model that comes as a graph cannot be run there, or None."""
+        if self._options.runner == "torch":
+            return "torch reads neither OpenVINO's format nor ONNX, and [engine.embeddings] runner asks for it"
+        if device.kind != "cpu":
+            return "models as OpenVINO or ONNX run on CPUs alone"
+        missing = [package for package in ("openvino", "torch", "transformers") if self._find(package) is None]
+        return f"{' and '.join(missing)} not installed: pip install 'hfms[openvino]'" if missing else None
 
     def _why_not_openvino(self, request: LoadRequest) -> str | None:
         if request.device.kind != "cpu":

@@ -73,6 +73,8 @@ class GenerationEngine:
             return f"{card.architecture or card.model_type} does not generate text"
         if card.format == "none":
             return "the model has no weights"
+        if card.format in ("openvino", "onnx"):
+            return f"its weights are {card.format}, and this engine reads safetensors and GGUF"
         if device.torch_device is None:
             return f"torch cannot use {device.id}"
         if missing := missing_packages(card, self.packages):

@@ -72,9 +72,12 @@ def openvino_weights(request: LoadRequest, quantize: str) -> int:
     """
     count = parameters(request.card)
     half = request.dtype == "bfloat16" or (request.dtype == "auto" and has_bfloat16())
-    small = {"int8": 1.0, "int4": _FOUR_BITS}.get(quantize)
+    as_it_is = request.card.format == "openvino"
+    small = {"int8": 1.0, "int4": _FOUR_BITS}.get(request.card.dtype if as_it_is else quantize)
     # What was a GGUF is kept in two bytes; other weights of two bytes are mapped and spread out to four.
     mapped = small or (2 if request.card.format == "gguf" else 4)
+    if as_it_is:
+        mapped = request.card.weights_bytes / count
     laid_out = small or (2 if half else 4)
     return int(count * (mapped + laid_out * _OPENVINO_LAYOUTS))
 

@@ -24,7 +24,7 @@ from hfms_cli import (
     Task,
     setting,
 )
-from hfms_engines.conversion import TEXTS, converted, folder_of, leftovers, quality_of
+from hfms_engines.conversion import NOTES, TEXTS, converted, folder_of, leftovers, quality_of
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import (
@@ -89,7 +89,7 @@ class OpenVinoOptions:
 
 
 class OpenVinoEngine:
-    """Decoders of the families that are tested, from safetensors or GGUF, on CPUs."""
+    """Decoders of the families that are tested, from safetensors, GGUF or OpenVINO's own format, on CPUs."""
 
     name = "openvino"
     tasks: tuple[Task, ...] = ("generate",)
@@ -106,8 +106,8 @@ class OpenVinoEngine:
             return f"{card.architecture or card.model_type} does not generate text"
         if device.kind != "cpu":
             return "this engine runs on CPUs"
-        if card.format not in ("safetensors", "gguf"):
-            return "it has no safetensors and no GGUF"
+        if card.format not in ("safetensors", "gguf", "openvino"):
+            return f"its weights are {card.format}, and this engine reads safetensors, GGUF and OpenVINO's"
         if card.model_type not in FAMILIES:
             return f"{card.model_type} is not among the models that it is tested with"
         if missing := missing_packages(card, self.packages):
@@ -163,9 +163,10 @@ class OpenVinoEngine:
             draft_folder, draft_cache = self._export(draft, quantize), int(cache * share)
         request.report("compile")
 
-        def compiled(folder: Path, cache: int, *, share: bool, max_loras: int = 0) -> Runner:
+        def compiled(of: LoadRequest, folder: Path, cache: int, *, share: bool, max_loras: int = 0) -> Runner:
             return openvino_runner.load(
                 folder,
+                graph=of.folder / of.card.weights[0] if of.card.format == "openvino" else None,
                 dtype=request.dtype,
                 cache_bytes=cache,
                 share=share,
@@ -175,8 +176,8 @@ class OpenVinoEngine:
             )
 
         share = self.options.prefix_cache != "off"
-        runner = compiled(folder, cache - draft_cache, share=share, max_loras=self.options.max_loras)
-        drafter = compiled(draft_folder, draft_cache, share=False) if draft_folder else None
+        runner = compiled(request, folder, cache - draft_cache, share=share, max_loras=self.options.max_loras)
+        drafter = compiled(draft, draft_folder, draft_cache, share=False) if draft and draft_folder else None
         if drafter and drafter.tokenizer.get_vocab() != runner.tokenizer.get_vocab():
             raise LoadFailed("The draft model has another vocabulary; only one with the same tokens can guess.")
         template = template_text(runner.tokenizer)
@@ -205,7 +206,9 @@ class OpenVinoEngine:
         )
 
     def _quantize(self, request: LoadRequest) -> Made:
-        """What the load asks for, else what the options say."""
+        """What the load asks for, else what the options say; what came as OpenVINO's keeps its bits."""
+        if request.card.format == "openvino":
+            return "none"
         asked = (q for q in (request.quantize, self.options.quantize) if q != "auto")
         return cast("Made", next(asked, "none"))
 
@@ -213,11 +216,14 @@ class OpenVinoEngine:
         """The folder of the converted model, which is made where there is none."""
         from hfms_engines.openvino_export import Job
 
+        as_it_is = request.card.format == "openvino"
+        if as_it_is and request.quantize not in ("auto", "none"):
+            raise LoadFailed("A model as OpenVINO's keeps the bits that it was made with; load it without `quantize`.")
         return converted(
             request.folder,
             Job(str(request.folder), request.card, request.device, quantize),
-            modules=TEXTS,
-            variant=quantize,
+            modules=NOTES if as_it_is else TEXTS,
+            variant="notes" if as_it_is else quantize,
             cache_dir=self.options.cache_dir,
             report=request.report,
         )
@@ -234,6 +240,8 @@ def _read_bytes(folder: Path, card: ModelCard, quantize: Made, precision: str) -
     """Bytes of weights that a token reads: as they were made, or as they are laid out for the precision."""
     from hfms_engines import openvino_export
 
+    if card.format == "openvino" and card.dtype in ("int8", "int4"):
+        return card.weights_bytes
     if quantize != "none":
         return openvino_export.weights_bytes(folder)
     return card.parameters * (2 if precision == "bfloat16" else 4)

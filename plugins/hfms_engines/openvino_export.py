@@ -56,7 +56,7 @@ _GROUPS = (64, 32)
 _SMALL = 2**10
 
 # Tokens that a new model is compared with the old one on, and how far its logits may be from the old one's.
-_PROOF = 96
+PROOF = 96
 _MOST_ERROR = {"none": 0.01, "int8": 0.5, "int4": 0.8}
 
 Made = Literal["none", "int8", "int4"]
@@ -105,7 +105,7 @@ def read(core: Any, folder: Path) -> Any:
     for i, layer in enumerate(about.layers):
         stand_in = found[_name(i)]
         states = [port.get_source_output() for port in found[_name(i) + "/in"].inputs()]
-        caches = [inputs[name] for name in _cache_names(i)]
+        caches = [inputs[name] for name in cache_names(i)]
         stand_in.output(0).replace(
             _paged([*states, *(port.get_node().output(0) for port in [*caches, *tables])], layer)
         )
@@ -122,7 +122,7 @@ def _name(layer: int) -> str:
     return f"hfms.attend.{layer}"
 
 
-def _cache_names(layer: int) -> tuple[str, str]:
+def cache_names(layer: int) -> tuple[str, str]:
     return f"key_cache.{layer}", f"value_cache.{layer}"
 
 
@@ -242,7 +242,7 @@ def _add_inputs(model: Any, layers: int) -> None:
     more = [(name, ov.Type.i32, shape) for name, shape in kinds.items()]
     # Type and size of the caches are the device's choice.
     more += [
-        (name, ov.Type.dynamic, ov.PartialShape([-1] * 4)) for layer in range(layers) for name in _cache_names(layer)
+        (name, ov.Type.dynamic, ov.PartialShape([-1] * 4)) for layer in range(layers) for name in cache_names(layer)
     ]
     added = []
     for name, kind, shape in more:
@@ -427,7 +427,7 @@ def make(job: Job, out: Path) -> None:
     begin("read", "reading the model with transformers")
     request = LoadRequest(folder=Path(job.folder), card=job.card, device=job.device, dtype="float32")
     theirs = torch_runner.load(request, cache_bytes=2**62)
-    _refuse(theirs.model.config)
+    refuse_moving_positions(theirs.model.config)
     ids, expected = _try(theirs)
     attention = theirs.model.config._attn_implementation
     begin("convert", "converting it")
@@ -444,8 +444,8 @@ def make(job: Job, out: Path) -> None:
     (out / MODEL).with_suffix(".json").write_bytes(msgspec.json.encode(about))
     theirs.tokenizer.save_pretrained(out)
     begin("compare", "comparing it")
-    error, agree = _compare(out, ids, expected)
-    say(f"its logits differ by {error:.2%}; it would choose the same token in {agree:.0%} of {_PROOF} places")
+    error, agree = compare(out, ids, expected)
+    say(f"its logits differ by {error:.2%}; it would choose the same token in {agree:.0%} of {PROOF} places")
     if not error < _MOST_ERROR[job.quantize]:
         raise LoadFailed(f"its logits differ by {error:.0%} from those of transformers.")
     if job.quantize != "none":
@@ -459,7 +459,7 @@ def make(job: Job, out: Path) -> None:
         )
 
 
-def _refuse(config: Any) -> None:
+def refuse_moving_positions(config: Any) -> None:
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
     if taken := sorted(kinds & {"dynamic", "longrope"}):
@@ -470,25 +470,26 @@ def _try(theirs: Any) -> tuple[list[int], Any]:
     """Some tokens, and the model's own logits for them, [tokens, vocabulary]."""
     import torch
 
-    ids = [(i * 7919 + 11) % theirs.vocabulary for i in range(_PROOF)]
+    ids = [(i * 7919 + 11) % theirs.vocabulary for i in range(PROOF)]
     with torch.inference_mode():
         return ids, theirs.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def _compare(out: Path, ids: list[int], expected: Any) -> tuple[float, float]:
+def compare(out: Path, ids: list[int], expected: Any, *, graph: Path | None = None) -> tuple[float, float]:
     """How far the logits of what was written are from the model's own, and how often both have the same favourite.
 
+    expected: [tokens, vocabulary]. graph: of a model that came as OpenVINO's, which is not written again.
     Two sequences go side by side through a cache in blocks, which the model's own pass has nothing of.
     """
     import torch
 
     from hfms_engines import openvino_runner
 
-    ours = openvino_runner.load(out, dtype="float32", cache_bytes=None, share=False)
+    ours = openvino_runner.load(out, dtype="float32", cache_bytes=None, share=False, graph=graph)
     got = torch.empty_like(expected)
-    blocks = list(range(ours.blocks.needed(_PROOF)))
+    blocks = list(range(ours.blocks.needed(PROOF)))
     tables = [blocks, [block + len(blocks) for block in blocks]]
-    half = _PROOF // 2
+    half = PROOF // 2
     ours.forward([ids[:half]], starts=[0], tables=tables[1:], tails=[0])
     for i in range(half):
         pair = ours.forward([[ids[i]], [ids[half + i]]], starts=[i, half + i], tables=tables, tails=[1, 1])

@@ -21,6 +21,7 @@ from hfms_engines.blocks import Blocks
 from hfms_engines.lora import Shape
 from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
+from hfms_engines import openvino_ir
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 from hfms_engines.text import decoder_of
 
@@ -65,6 +66,8 @@ class Runner:
         self.changes = Changes(self._request, layers, most=max_loras, most_rank=max_lora_rank)
         """LoRA adapters."""
         named = [(port, port.get_any_name()) for port in compiled.inputs]
+        # Ours have each token in a row of its own; what came as OpenVINO's, all in one.
+        self._tokens = [-1, 1] if len(compiled.input("input_ids").get_partial_shape()) == 2 else [-1]
         caches = [port for port, name in named if name not in INPUTS and not is_input(name)]
         shapes = [[d.get_length() for d in list(port.get_partial_shape())[1:]] for port in caches]
         block_bytes = sum(
@@ -110,8 +113,8 @@ class Runner:
         positions = chain.from_iterable(map(range, starts, held))
         wanted = [at for end, tail in zip(begins[1:], tails, strict=True) for at in range(end - tail, end)]
         for name, values in (
-            ("input_ids", np.array(list(chain.from_iterable(pieces)))[:, None]),
-            ("position_ids", np.array(list(positions))[:, None]),
+            ("input_ids", np.array(list(chain.from_iterable(pieces))).reshape(self._tokens)),
+            ("position_ids", np.array(list(positions)).reshape(self._tokens)),
             ("past_lens", np.array(starts, np.int32)),
             ("subsequence_begins", np.array(begins, np.int32)),
             ("block_indices", np.array(list(chain.from_iterable(blocks)), np.int32)),
@@ -164,9 +167,11 @@ def load(
     threads: int = 0,
     max_loras: int = 0,
     max_lora_rank: int = 0,
+    graph: Path | None = None,
 ) -> Runner:
     """Compile the model in an export's folder for this machine's CPU.
 
+    graph: of a model that came as OpenVINO's; then the folder holds the notes on it alone.
     dtype: "auto", "float32" or "bfloat16". cache_bytes: for keys and values; None: a few blocks.
     threads: 0: one for each physical core. max_loras, max_lora_rank: how many adapters it may have at once, and of what
     rank; with 0 it has no inputs for any.
@@ -178,7 +183,7 @@ def load(
     about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
     short = SHORT[precision]
     try:
-        model = read(core, folder)
+        model = openvino_ir.read(core, graph) if graph else read(core, folder)
         layers = add_inputs(model, "wanted") if max_loras else {}
         compiled = core.compile_model(
             model,

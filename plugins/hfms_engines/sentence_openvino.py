@@ -99,13 +99,17 @@ def read(core: Any, folder: Path, dtype: str) -> Runner:
     """The model in a conversion's folder, compiled. dtype: "auto", "float32" or "bfloat16"."""
     kept = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=Kept)
     precision = precision_of(core, "float32" if dtype == "auto" and not kept.half_is_close else dtype)
+    return Runner(compiled(core, folder / MODEL, precision), kept.about, precision)
+
+
+def compiled(core: Any, model: Any, precision: str) -> Any:
+    """A model, or the file that it is in, compiled for this machine's CPU. Raises LoadFailed."""
     # Not pinned: a thread that is bound to a core waits for whoever else is there, the server or another model.
     how = {"INFERENCE_PRECISION_HINT": SHORT[precision], "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     try:
-        compiled = core.compile_model(folder / MODEL, "CPU", how)
+        return core.compile_model(model, "CPU", how)
     except RuntimeError as exc:
         raise LoadFailed("openvino cannot compile this model.") from exc
-    return Runner(compiled, kept.about, precision)
 
 
 def make(job: Job, out: Path) -> None:

@@ -43,7 +43,7 @@ class Runner:
         self.module = Module(model)
         self.device = device
         self.precision = precision
-        self.about = _about(model, recipe)
+        self.about = about_of(model, recipe)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
         return self.module(ids, mask, types).float()
@@ -80,7 +80,8 @@ def load(recipe: Recipe, request: LoadRequest, dtype: str) -> Runner:
     return Runner(model.eval().to(device), recipe, device=device, precision=dtype)
 
 
-def _about(model: Any, recipe: Recipe) -> About:
+def about_of(model: Any, recipe: Recipe) -> About:
+    """What a model of transformers tells without running; its weights are not read."""
     learned = []
     for module in model.modules():
         table: Any = getattr(module, "position_embeddings", None)

@@ -262,9 +262,8 @@ class Runner:
         self.changes = Changes(model, most=max_loras, most_rank=max_lora_rank)
         """LoRA adapters."""
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self.stop_ids = _stop_ids(model, tokenizer)
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.silent_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self.stop_ids = stop_ids(getattr(model, "generation_config", None), tokenizer)
+        self.silent_ids = silent_ids(tokenizer)
         """Tokens without text."""
         known = inspect.signature(model.forward).parameters
         # A model that brings its own code may know the cache by its name of before.
@@ -360,11 +359,17 @@ def _kind(model: Any) -> str:
     return type(model).__name__
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, and all that the model's generation settings name."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = getattr(generation, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return frozenset(int(i) for i in ids if i is not None)
+
+
+def silent_ids(tokenizer: Any) -> set[int]:
+    """Tokens without text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -439,7 +444,7 @@ def _load(request: LoadRequest, max_loras: int, max_lora_rank: int) -> Runner:
         model,
         tokenizer,
         device=device,
-        context_length=_context_length(config, tokenizer, request),
+        context_length=context_length(config, tokenizer, card.context_length),
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
     )
@@ -454,9 +459,10 @@ def _dtype(request: LoadRequest, device: torch.device) -> Any:
     return torch.bfloat16 if request.card.format == "gguf" else "auto"
 
 
-def _context_length(config: Any, tokenizer: Any, request: LoadRequest) -> int:
+def context_length(config: Any, tokenizer: Any, told: int) -> int:
+    """Tokens of a text. told: what the model's card says; 0: nothing."""
     named = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = named or request.card.context_length or tokenizer.model_max_length
+    limit = named or told or tokenizer.model_max_length
     # Tokenizers say 10**30 where they do not know.
     return int(limit) if limit < 2**31 else 2048
 
