@@ -52,6 +52,39 @@ def test_one_set_of_weights_is_taken_with_its_side_files(left, taken):
     assert choose([*SIDE, *left]) == tuple(sorted([*SIDE, *taken]))
 
 
+IR = ["openvino_model.xml", "openvino_model.bin"]
+ONNX = ["onnx/model.onnx", "onnx/model.onnx_data"]
+VECTORS = ["modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("left", "taken"),
+    [
+        ([*IR, "openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml"], IR),
+        ([*IR, "openvino_config.json"], [*IR, "openvino_config.json"]),
+        (
+            [f"openvino/{p}" for p in (*IR, "openvino_model_qint8.xml", "openvino_model_qint8.bin")],
+            [f"openvino/{p}" for p in IR],
+        ),
+        ([*IR, *ONNX, "pytorch_model.bin"], IR),
+        ([*ONNX, "onnx/model_q4.onnx", "onnx/config.json", *VECTORS, "pytorch_model.bin"], [*ONNX, *VECTORS]),
+        (["model.onnx", "model.onnx.data"], ["model.onnx", "model.onnx.data"]),
+        ([*ONNX, "pytorch_model.bin"], ["pytorch_model.bin"]),
+        ([*IR, *ONNX, "model.safetensors"], ["model.safetensors"]),
+        (["openvino_model.xml", "pytorch_model.bin"], ["pytorch_model.bin"]),
+    ],
+)
+def test_where_there_are_no_safetensors_a_graph_is_taken_with_its_weights_and_before_pickles_where_it_can_be_run(
+    left, taken
+):
+    assert choose([*SIDE, *left]) == tuple(sorted([*SIDE, *taken]))
+
+
+def test_a_graph_without_a_config_is_no_model_and_a_gguf_comes_before_one():
+    assert choose([*IR, *ONNX]) == ()
+    assert choose([*SIDE, *IR, "m-Q4_0.gguf"]) == ("m-Q4_0.gguf",)
+
+
 def test_of_an_old_sentence_transformers_model_the_transformers_folder_is_taken():
     paths = ["modules.json", "0_BERT/config.json", "0_BERT/model.safetensors", "1_Pooling/config.json"]
     assert choose([*paths, "0_BERT/pytorch_model.bin"]) == tuple(sorted(paths))
@@ -116,6 +149,9 @@ NAMES = st.sampled_from(
         "x.pt",
         "modules.json",
         "x.so",
+        "model.onnx",
+        "openvino_model.xml",
+        "openvino_model.bin",
     ]
 )
 FOLDERS = st.sampled_from(["", "0_BERT/", "1_Pooling/", "onnx/", "a/b/"])
@@ -129,8 +165,10 @@ def test_only_what_there_is_can_be_chosen_and_never_code_or_a_mix_with_pickles(p
         chosen = choose(paths, "a")
     assert {*chosen} <= {*paths}
     assert not any(p.endswith((".py", ".so")) for p in chosen)
-    kinds = {p.rpartition(".")[2].replace("bin", "pt") for p in chosen} - {"json"}
-    assert len(kinds) == bool(chosen)
+    weights = [p for p in chosen if not p.endswith(("openvino_model.bin", "json"))]
+    kinds = {p.rpartition(".")[2].replace("bin", "pt") for p in weights}
+    # What stands behind the pooling of a graph has its weights beside it.
+    assert len(kinds) == bool(chosen) or (kinds & {"xml", "onnx"} and len(kinds - {"safetensors"}) == 1)
 
 
 def test_parts_of_a_gguf_model_are_one_model():
@@ -140,8 +178,8 @@ def test_parts_of_a_gguf_model_are_one_model():
 @pytest.mark.parametrize(
     ("weights", "told"),
     [
-        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO's"),
-        (["onnx/model.onnx", "onnx/model_q4.onnx"], "ONNX"),
+        (["openvino_other.xml", "openvino_other.bin"], "OpenVINO's under a name that is not read"),
+        (["onnx/model_q4.onnx"], "ONNX under a name that is not read"),
         (["tf_model.h5"], "TensorFlow's"),
         (["flax_model.msgpack"], "Flax's"),
         (["model.ckpt"], "of pickles that no engine reads"),

@@ -38,8 +38,8 @@ PACKAGES = ("openvino", "transformers", "torch")
 TEXTS = ("openvino_export", "quality", "lora_openvino")
 NOTES = ("openvino_ir", "openvino_export")
 SENTENCES = ("sentence_openvino", "sentence_torch", "openvino_export")
-"""The makers of models for generation, of notes on those that came as OpenVINO's, and of models for embeddings, each with
-what else its result depends on."""
+"""The makers of models for generation, of notes on those that came as OpenVINO's, and of models for embeddings, each
+with what else its result depends on."""
 
 QUALITY = "quality.json"
 """Beside a quantised model: what that has cost."""

@@ -15,6 +15,7 @@ the same with paged attention as it did without.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def _read(core: Any, graph: Path) -> Any:
     names = {port.get_any_name() for port in model.inputs}
     if not names <= _STATEFUL or not model.get_sinks():
         raise LoadFailed(
-            f"the model takes {', '.join(sorted(names))} and keeps {len(model.get_sinks())} states. Export it anew with "
-            "`optimum-cli export openvino --task text-generation-with-past`, or name the repository that it was made of."
+            f"the model takes {', '.join(sorted(names))} and keeps {len(model.get_sinks())} states. Export it anew by"
+            " `optimum-cli export openvino --task text-generation-with-past`, or name the repository that it is of."
         )
     return model
 
@@ -179,16 +180,24 @@ def _refuse_lost_windows(paged: Any, config: Any, context: int) -> None:
     """A few tokens do not show whether the transformation has found how far each layer looks back."""
     from transformers import DynamicCache
 
-    windows = [getattr(layer, "sliding_window", None) or 0 for layer in DynamicCache(config=config).layers]
-    wanted = {window for window in windows if window < context}
-    found = set()
-    for node in paged.get_ops():
-        if node.get_type_name() == "PagedAttentionExtension":
-            source = node.input_value(_WINDOW).get_node()
-            window = int(source.get_data()) if source.get_type_name() == "Constant" else -1
-            found.add(window if window < context else 0)
-    if windows and found != {*wanted, *({0} if any(w >= context for w in windows) else ())}:
+    windows = [getattr(layer, "sliding_window", None) or 0 for layer in DynamicCache(config=config).layers] or [0]
+    found = [
+        _number(node.input_value(_WINDOW).get_node())
+        for node in paged.get_ops()
+        if node.get_type_name() == "PagedAttentionExtension"
+    ]
+    # One that is as long as the longest text leaves out nothing.
+    if {w if w < context else 0 for w in windows} != {w if w < context else 0 for w in found}:
         raise LoadFailed("its layers look back at some tokens only, and openvino's paged attention does not keep that.")
+
+
+def _number(node: Any) -> float:
+    """What a constant comes to, be it converted, squeezed or multiplied; not a number where it is none."""
+    inputs = [port.get_source_output().get_node() for port in node.inputs()]
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return float(node.get_data().item())
+    return math.prod(map(_number, inputs)) if kind in ("Convert", "Squeeze", "Multiply") else math.nan
 
 
 if __name__ == "__main__":

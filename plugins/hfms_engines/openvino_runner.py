@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from hfms_cli import DoesNotFit, LoadFailed
+from hfms_engines import openvino_ir
 from hfms_engines.blocks import Blocks
 from hfms_engines.lora import Shape
 from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
-from hfms_engines import openvino_ir
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 from hfms_engines.text import decoder_of
 

@@ -34,9 +34,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any
     seen = (at <= now) & mask[:, None, None].bool()
     if window := how.get("sliding_window"):
         seen = seen & (at > now - window)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=how.get("scaling")
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=how.get("scaling"))
     return out.transpose(1, 2), None
 
 
@@ -54,7 +52,11 @@ class _Stateless(torch.nn.Module):
             layer.keys, layer.values, layer.is_initialized = past[i], past[i + 1], True
             cache.layers.append(layer)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
         made = [states for layer in cache.layers for states in (layer.keys, layer.values)]
         return out.logits, *made
@@ -78,6 +80,8 @@ def decoder_ir(source: Path, folder: Path) -> Path:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = ov.convert_model(_Stateless(model), example_input=example)
+    for node in made.get_ops():  # optimum has no module around the model
+        node.set_friendly_name(node.get_friendly_name().replace("__module.model.", "__module.", 1))
     first = made.inputs[:3]
     for name, port in zip(("input_ids", "attention_mask", "position_ids"), first, strict=True):
         port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
@@ -109,4 +113,67 @@ def decoder_ir(source: Path, folder: Path) -> Path:
             node.set_arguments([ops.broadcast(ops.constant(0.0, ov.Type.f32), empty)])
     made.validate_nodes_and_infer_types()
     ov.save_model(made, beside(source, folder) / "openvino_model.xml", compress_to_fp16=False)
+    return folder
+
+
+# --- encoders ---
+
+
+class _Encoder(torch.nn.Module):
+    """What the exporters of encoders make: states of tokens, or a cross-encoder's logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        return out.logits if "logits" in out else out.last_hidden_state
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def _encoder(source: Path) -> tuple[Any, tuple[Any, ...], str]:
+    """The module, an example of its inputs, and what its output is called."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    scores = config.architectures[0].endswith("ForSequenceClassification")
+    kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModel
+    model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    return _Encoder(model), (ids, mask, torch.zeros_like(ids)), "logits" if scores else "last_hidden_state"
+
+
+def encoder_ir(source: Path, folder: Path, *, within: str = "") -> Path:
+    """A saved encoder as OpenVINO's model, in float32. within: the folder in the model's that it is put into."""
+    module, example, output = _encoder(source)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = ov.convert_model(module, example_input=example)
+    for name, port in zip(INPUTS, made.inputs, strict=True):
+        port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
+        port.set_names({name})
+    made.outputs[0].set_names({output})
+    made.validate_nodes_and_infer_types()
+    ov.save_model(made, beside(source, folder) / within / "openvino_model.xml", compress_to_fp16=False)
+    return folder
+
+
+def encoder_onnx(source: Path, folder: Path, *, within: str = "onnx") -> Path:
+    """A saved encoder as ONNX, in float32."""
+    module, example, output = _encoder(source)
+    (beside(source, folder) / within).mkdir(exist_ok=True)
+    axes = {name: {0: "batch", 1: "tokens"} for name in (*INPUTS, "last_hidden_state")} | {"logits": {0: "batch"}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            example,
+            folder / within / "model.onnx",
+            input_names=[*INPUTS],
+            output_names=[output],
+            dynamic_axes={name: axes[name] for name in (*INPUTS, output)},
+            dynamo=False,
+        )
     return folder

@@ -75,11 +75,12 @@ def scheduler(
     share: bool = True,
     guess: int = 0,
     draft=None,
+    graph: Path | None = None,
 ):
     """A model of an export, with a cache of so many blocks of 32 tokens."""
-    one = openvino_runner.load(folder, dtype="float32", cache_bytes=None, share=False)
+    one = openvino_runner.load(folder, dtype="float32", cache_bytes=None, share=False, graph=graph)
     block_bytes = sum(cache.byte_size for cache in one._caches) // one.blocks.count
-    runner = openvino_runner.load(folder, dtype="float32", cache_bytes=blocks * block_bytes, share=share)
+    runner = openvino_runner.load(folder, dtype="float32", cache_bytes=blocks * block_bytes, share=share, graph=graph)
     info = LoadedInfo(
         engine="openvino",
         device="cpu",

@@ -103,6 +103,18 @@ async def test_a_model_that_is_not_here_is_known_by_its_headers(hub, hf_cache, l
     assert (here.here, here.to_fetch, here.card) == (True, 0, seen.card)
 
 
+async def test_an_openvino_model_that_is_not_here_is_known_by_its_graph(hub, hf_cache, large):  # noqa: F811
+    graph = b'<net><data element_type="f16" shape="1000, 500" offset="0" size="1000000"/></net>'
+    files = {"config.json": large["config.json"], "openvino_model.xml": graph, "openvino_model.bin": bytes(10**6)}
+    hub.repos["org/graph"] = Repo(files)
+    router = Router([hf_cache])
+    seen = await look(router, parse("org/graph"))
+    assert (seen.card.format, seen.card.parameters, seen.card.dtype) == ("openvino", 500_000, "float16")
+    assert sum(n for _, _, n in hub.sent) < 1000
+    manifest, folder = await router.pull(parse("org/graph"), lambda done, total: None)
+    assert seen.card == inspect(folder, [f.path for f in manifest.files])
+
+
 async def test_a_gguf_that_is_not_here_is_known_by_its_header_however_long(hub, hf_cache, gguf):  # noqa: F811
     hub.repos["org/gguf"] = Repo({"m-Q8_0.gguf": gguf, "m-Q4_0.gguf": b"GGUF"})
     router = Router([hf_cache])
