@@ -65,13 +65,13 @@ def choose(paths: Iterable[str], quant: str = "") -> tuple[str, ...]:
         return _gguf(models, quant)
     if quant:
         return ()
-    graphs = graph_files(known) if "config.json" in near else {}
-    modules = [p for p in near if p.endswith("/model.safetensors")] if graphs else []
-    onnx = graphs.get("onnx", ())
+    modules = [p for p in near if p.endswith("/model.safetensors")]
+    graphs = {kind: [*files, *modules] for kind, files in graph_files(known).items() if "config.json" in near}
+    openvino, onnx = graphs.get("openvino", []), graphs.get("onnx", [])
     # ONNX is run for vectors alone: of what may be anything else, pickles are the better find.
-    for weights in (graphs.get("openvino"), onnx if "modules.json" in near else (), _pickles(near, base), onnx):
-        if weights:
-            return tuple(sorted({*side, *weights, *(modules if weights in graphs.values() else ())}))
+    for found in (openvino, onnx if "modules.json" in near else [], _pickles(near, base), onnx):
+        if found:
+            return tuple(sorted({*side, *found}))
     return ()
 
 
