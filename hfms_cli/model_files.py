@@ -10,7 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["ADAPTER", "PICKLES", "SeveralModels", "choose", "gguf_models", "gguf_tag", "graph_files", "no_model"]
+__all__ = [
+    "ADAPTER",
+    "PICKLES",
+    "SeveralModels",
+    "choose",
+    "gguf_models",
+    "gguf_stem",
+    "gguf_tag",
+    "graph_files",
+    "no_model",
+]
 
 PICKLES = (".bin", ".pt", ".pth")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -22,7 +32,7 @@ _NO_SIDE = re.compile(r"(.*\.index|trainer_state|all_results|train_results|eval_
 # The folders of sentence-transformers' modules (1_Pooling), and of chat templates.
 _FOLDERS = re.compile(r"(?:(?:\d+_\w+|additional_chat_templates)/)?[^/]+")
 
-_PART = re.compile(r"(.*)-\d{5}-of-\d{5}")
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 _QUANT = re.compile(r"(?:^|[-_./])((?:UD-)?(?:IQ|TQ|Q)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
 _NO_GGUF = re.compile(r"(.*/)?(mmproj|imatrix)[^/]*|.*imatrix\.gguf", re.IGNORECASE)
 _NO_PICKLE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|openvino_)[^/]*")
@@ -80,6 +90,8 @@ def no_model(paths: Iterable[str]) -> str:
     found = list(paths)
     foreign = [format for pattern, format in _FOREIGN.items() if any(map(pattern.fullmatch, found))]
     here = f"; its weights are {' and '.join(foreign)}. Name the repository that they were made from" if foreign else ""
+    if torn := [(model, missing) for model, (_, missing) in _ggufs(found).items() if missing > 0]:
+        return f"holds some parts of the GGUF model `{torn[0][0]}` and not all: {torn[0][1]} missing."
     return (
         "holds no model in a format that hfms reads: safetensors, OpenVINO's or ONNX beside a `config.json`, or GGUF"
         f"{here}."
@@ -105,14 +117,26 @@ def graph_files(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def gguf_models(paths: Iterable[str]) -> dict[str, list[str]]:
-    """GGUF models by name without `.gguf`; the parts of one model are one."""
-    models: dict[str, list[str]] = {}
+    """GGUF models by name without `.gguf`; the parts of one model are one, and none where some are missing."""
+    return {model: parts for model, (parts, missing) in sorted(_ggufs(paths).items()) if not missing}
+
+
+def gguf_stem(file: str) -> str:
+    """The name of the model that a GGUF file is, or is a part of."""
+    stem = file.removesuffix(".gguf")
+    part = _PART.fullmatch(stem)
+    return part[1] if part else stem
+
+
+def _ggufs(paths: Iterable[str]) -> dict[str, tuple[list[str], int]]:
+    """GGUF models by name: the files that are there of each, and how many parts are not."""
+    models: dict[tuple[str, int], list[str]] = {}
     for path in sorted(paths):
         if path.endswith(".gguf") and path.count("/") <= 1 and not _NO_GGUF.fullmatch(path):
-            stem = path.removesuffix(".gguf")
-            part = _PART.fullmatch(stem)
-            models.setdefault(part[1] if part else stem, []).append(path)
-    return models
+            part = _PART.fullmatch(path.removesuffix(".gguf"))
+            models.setdefault((gguf_stem(path), int(part[3]) if part else 1), []).append(path)
+    # Where a model is there in more ways than one, the one in fewest parts counts.
+    return {stem: (files, count - len(files)) for (stem, count), files in sorted(models.items(), reverse=True)}
 
 
 def gguf_tag(model: str) -> str:

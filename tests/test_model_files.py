@@ -173,6 +173,14 @@ def test_only_what_there_is_can_be_chosen_and_never_code_or_a_mix_with_pickles(p
 
 def test_parts_of_a_gguf_model_are_one_model():
     assert gguf_models(GGUFS)["m-BF16"] == ["m-BF16-00001-of-00002.gguf", "m-BF16-00002-of-00002.gguf"]
+    assert gguf_models([*GGUFS, "m-BF16.gguf"])["m-BF16"] == ["m-BF16.gguf"]
+
+
+def test_a_gguf_model_that_lacks_a_part_is_none_and_the_reason_counts_what_is_missing():
+    parts = [p.replace("00002.", "00003.") for p in GGUFS if "BF16" in p]
+    assert [*gguf_models([*parts, "m-Q8_0.gguf"])] == ["m-Q8_0"]
+    assert choose(parts) == choose([*parts, "m-Q8_0.gguf"], "BF16") == ()
+    assert no_model(parts) == "holds some parts of the GGUF model `m-BF16` and not all: 1 missing."
 
 
 @pytest.mark.parametrize(

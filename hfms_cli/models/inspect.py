@@ -316,6 +316,14 @@ def _gguf(folder: Path, found: list[str]) -> ModelCard:
         raise LoadFailed(f"There are several models: {', '.join(found)}. Name one of the files.")
     headers = [read_gguf(folder / name) for name in found]
     head = headers[0]
+    for i, (name, header) in enumerate(zip(found, headers, strict=True)):
+        told = header.number("split.no"), max(header.number("split.count"), 1)
+        if told != (i, len(found)) and (first or told[1] > 1):
+            raise LoadFailed(
+                f"`{name}` says that it is part {told[0] + 1} of {told[1]}. Give the parts their own names."
+            )
+    if first and (tensors := head.number("split.tensors.count")) != sum(h.tensors for h in headers):
+        raise LoadFailed(f"`{found[0]}` tells of {tensors} tensors, and the parts hold others. Fetch the model again.")
     architecture = head.architecture
     pooling = head.number(f"{architecture}.pooling_type")
     tasks: tuple[Task, ...] = ("generate",)

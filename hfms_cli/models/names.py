@@ -16,6 +16,7 @@ import unicodedata
 from pathlib import Path, PurePath
 
 from hfms_cli.errors import BadRequest
+from hfms_cli.model_files import gguf_stem
 from hfms_cli.types import ModelName
 
 __all__ = ["check", "parse", "served_id"]
@@ -46,11 +47,11 @@ def parse(text: str) -> ModelName:
 
 
 def served_id(name: ModelName) -> str:
-    """What clients call the model: a folder's name, a GGUF file's name without `.gguf`, or the name itself."""
+    """What clients call the model: a folder's name, a GGUF's without `.gguf` and its part, or the name itself."""
     if name.scheme != "path":
         return str(name)
     path = PurePath(name.rest)
-    return (path.stem if path.suffix == ".gguf" else path.name) or name.rest
+    return (gguf_stem(path.name) if path.suffix == ".gguf" else path.name) or name.rest
 
 
 def check(text: str) -> None:

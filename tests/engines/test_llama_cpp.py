@@ -487,10 +487,13 @@ def test_an_estimate_counts_the_cache_that_is_made(smollm2, options, free, cache
             engine.load(wish)
 
 
-def test_a_model_in_parts_is_one_model(smollm2, tmp_path):
+@pytest.mark.parametrize("small_first_shard", [False, True])  # whether the first part has weights
+def test_a_model_in_parts_is_one_model(smollm2, tmp_path, small_first_shard):
     out = tmp_path / "part.gguf"
-    rewritten(next(smollm2.glob("*.gguf")), out, split_max_tensors=150)
-    assert len(list(tmp_path.iterdir())) == 2
+    source = next(smollm2.glob("*.gguf"))
+    rewritten(source, out, split_max_tensors=100, small_first_shard=small_first_shard)
+    assert len(list(tmp_path.iterdir())) == 3 + small_first_shard
+    assert inspect(tmp_path).parameters == inspect(source).parameters
     model = load(tmp_path, kv_cache_bytes=256 * TOKEN_BYTES)
     try:
         assert ask(model, FRANCE, max_tokens=2).text("a") == " Paris."

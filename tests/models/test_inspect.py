@@ -29,8 +29,9 @@ def write_weights(folder, name="model.safetensors", dtype=np.float32):
     save_file({"a": np.zeros((4, 8), dtype), "b": np.zeros(8, dtype)}, folder / name, {"format": "pt"})
 
 
-def write_gguf(path, architecture="llama", **values):
-    writer = gguf.GGUFWriter(path, architecture)
+def write_gguf(path, architecture="llama", parts=1, **values):
+    """parts: 1 or 2; the names of two are of gguf's own making."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts - 1)
     writer.add_context_length(1024)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<s>", "a", "b"])
@@ -218,11 +219,39 @@ def test_of_several_gguf_files_one_must_be_named(tmp_path):
 
 
 def test_the_parts_of_one_gguf_model_are_one_model(tmp_path):
-    write_gguf(tmp_path / "x-00001-of-00002.gguf")
-    write_gguf(tmp_path / "x-00002-of-00002.gguf")
-    assert inspect(tmp_path).parameters == 320
+    write_gguf(tmp_path / "x.gguf", parts=2)
+    card = inspect(tmp_path)
+    assert (card.parameters, card.context_length) == (160, 1024)
+    assert card.weights == ("x-00001-of-00002.gguf", "x-00002-of-00002.gguf")
     (tmp_path / "x-00002-of-00002.gguf").unlink()
     with pytest.raises(LoadFailed, match="x-00002-of-00002"):
+        inspect(tmp_path)
+
+
+def test_parts_of_a_gguf_model_under_each_others_names_or_under_another_are_refused(tmp_path):
+    write_gguf(tmp_path / "x.gguf", parts=2)
+    one, two = (tmp_path / f"x-0000{i}-of-00002.gguf" for i in (1, 2))
+    kept = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(LoadFailed, match=r"x-00001-of-00002\.gguf` says that it is part 2 of 2"):
+        inspect(tmp_path)
+    one.write_bytes(kept)
+    one.rename(tmp_path / "alone.gguf")
+    two.unlink()
+    with pytest.raises(LoadFailed, match="part 1 of 2"):
+        inspect(tmp_path / "alone.gguf")
+
+
+def test_a_part_of_another_gguf_model_is_refused(tmp_path):
+    write_gguf(tmp_path / "x.gguf", parts=2)
+    short = gguf.GGUFWriter(tmp_path / "x-00002-of-00002.gguf", "llama")
+    for key, value in (("split.no", 1), ("split.count", 2)):
+        short.add_uint16(key, value)
+    short.write_header_to_file()
+    short.write_kv_data_to_file()
+    short.write_tensors_to_file()
+    short.close()
+    with pytest.raises(LoadFailed, match="tells of 2 tensors"):
         inspect(tmp_path)
 
 

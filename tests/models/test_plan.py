@@ -125,6 +125,27 @@ async def test_a_gguf_that_is_not_here_is_known_by_its_header_however_long(hub, 
     assert seen.card.parameters == 1024 * 1024 + 2048 * 2048
 
 
+async def test_a_gguf_in_parts_that_is_not_here_is_known_by_the_headers_of_all_of_them(
+    hub,  # noqa: F811
+    hf_cache,  # noqa: F811
+    tmp_path,
+):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m-F32.gguf", "llama", split_max_tensors=1)
+    for name in "abc":
+        writer.add_tensor(name, np.zeros((1024, 1024), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    hub.repos["org/parts"] = Repo({p.name: p.read_bytes() for p in tmp_path.glob("*.gguf")})
+    seen = await look(Router([hf_cache]), parse("org/parts:F32"))
+    assert (len(seen.card.weights), seen.card.parameters, seen.to_fetch > 12 * MIB) == (3, 3 * 2**20, True)
+    manifest, folder = await Router([hf_cache]).pull(parse("org/parts:F32"), lambda done, total: None)
+    assert seen.card == inspect(folder, [f.path for f in manifest.files])
+
+
 async def test_a_source_that_knows_no_ranges_is_planned_all_the_same(hub, hf_cache, large):  # noqa: F811
     hub.repos["org/large"], hub.rangeless = Repo(large), True
     assert (await look(Router([hf_cache]), ModelName("", "org/large"))).card.parameters == 3_000_000

@@ -134,6 +134,36 @@ async def test_gguf_models_of_one_repository_are_listed_and_removed_one_by_one(h
     assert await hf_cache.list() == []
 
 
+@pytest.fixture
+def parts(hub):
+    """A GGUF model in three parts, one in one, and one of which the Hub lacks a part."""
+    names = [f"big-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    others = ["big-Q4_0.gguf", "big-BF16-00001-of-00002.gguf"]
+    hub.repos["org/parts"] = Repo({name: b"GGUF" + name.encode() for name in [*names, *others]})
+    return names
+
+
+async def test_a_gguf_model_in_parts_is_pulled_verified_listed_and_removed_as_one(hub, hf_cache, parts):
+    manifest, folder = await pull(hf_cache, parse("org/parts:Q8_0"))
+    assert [f.path for f in manifest.files] == parts
+    assert {f.path: f.sha256 for f in manifest.files} == {p: large(hub.repos["org/parts"])[p] for p in parts}
+    assert sorted({path for path, _, _ in hub.sent}) == parts
+    assert [str(m.name) for m in await hf_cache.list()] == ["org/parts:Q8_0"]
+    await Router([hf_cache]).remove(parse("org/parts:Q8_0"))
+    assert await hf_cache.list() == []
+    assert not [p for p in folder.parents[1].rglob("*") if p.is_file() and p.read_bytes().startswith(b"GGUF")]
+
+
+async def test_a_gguf_model_of_which_the_hub_lacks_a_part_is_not_offered_and_nothing_of_it_is_fetched(
+    hub, hf_cache, parts
+):
+    with pytest.raises(BadRequest) as refused:
+        await hf_cache.find(parse("org/parts:BF16"))
+    assert "`org/parts:Q8_0`" in refused.value.message
+    assert "`org/parts:BF16`" not in refused.value.message
+    assert hub.sent == []
+
+
 async def test_the_only_gguf_model_needs_no_choice(hub, hf_cache):
     hub.repos["org/one"] = Repo({"m-Q8_0.gguf": b"GGUF"})
     await pull(hf_cache, ModelName("", "org/one"))
