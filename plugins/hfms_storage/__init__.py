@@ -1,5 +1,5 @@
-"""First-party storages: a folder, a Python package, the Hugging Face Hub and its cache, IPFS in four ways, and
-other hfms servers."""
+"""First-party storages: a folder, a Python package, the Hugging Face Hub and its cache, object stores, IPFS in four
+ways, and other hfms servers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from hfms_cli import ContentStore, Provider, Storage, hookimpl
 from hfms_storage.options import (
+    BucketOptions,
     GatewayOptions,
     HfCacheOptions,
     IpfsKitOptions,
@@ -24,6 +25,7 @@ def hfms_storages() -> Iterable[Provider[Storage | ContentStore]]:
         "ipfs_kit", _ipfs_kit, IpfsKitOptions, "ipfs://CID by the library ipfs_kit_py, where it is installed"
     )
     yield Provider("hf_cache", _hf_cache, HfCacheOptions, "org/name on the Hugging Face Hub, and ipfs://CID beside it")
+    yield Provider("bucket", _bucket, BucketOptions, "org/name in an object store (S3) or below any URL of fsspec's")
     yield Provider("kubo", _kubo, KuboOptions, "ipfs://CID at an IPFS node")
     yield Provider("gateway", _gateway, GatewayOptions, "ipfs://CID from HTTP gateways, which need not be trusted")
     yield Provider(
@@ -56,6 +58,12 @@ def _hf_cache(options: HfCacheOptions) -> Storage:
     from hfms_storage.hf_cache import HfCache
 
     return HfCache(options)
+
+
+def _bucket(options: BucketOptions) -> Storage:
+    from hfms_storage.bucket import Bucket
+
+    return Bucket(options)
 
 
 def _kubo(options: KuboOptions) -> ContentStore:

@@ -46,6 +46,23 @@ class HfCacheOptions:
 
 
 @dataclass(frozen=True)
+class BucketOptions:
+    """Options of `[storage.bucket]`."""
+
+    url: str = setting(
+        "",
+        "Where folders org/name are: s3://bucket/folder, https://host/folder, or what else fsspec reads.",
+        env="BUCKET_URL",
+    )
+    connections: int = setting(8, "How many parts of a file are fetched at once.", ge=1, le=64)
+    cache_dir: str = setting(
+        "",
+        'Folder for what is fetched and what is made of it; empty: "hfms" in the user\'s cache folder.',
+        env="CACHE_DIR",
+    )
+
+
+@dataclass(frozen=True)
 class KuboOptions:
     """Options of `[storage.kubo]`."""
 

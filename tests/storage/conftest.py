@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from hfms_storage.bucket import Bucket
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
+from hfms_storage.options import BucketOptions
 from hfms_storage.package import Package, PackageOptions
 from tests.storage.hub import Hub, Repo
 from tests.storage.wheels import Index
+
+if TYPE_CHECKING:
+    from tests.storage.buckets import S3
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
 
@@ -57,6 +63,26 @@ async def hub(hub_client: None, model: dict[str, bytes], monkeypatch: pytest.Mon
 @pytest.fixture
 def hf_cache(hub: Hub, tmp_path: Path) -> HfCache:
     return HfCache(HfCacheOptions(endpoint=hub.url, cache_dir=str(tmp_path / "hub")))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An S3 server, which this process knows by its environment alone."""
+    pytest.importorskip("s3fs")
+    from tests.storage.buckets import S3
+
+    for name in [n for n in os.environ if n.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    server = S3()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: S3, tmp_path: Path) -> Bucket:
+    return Bucket(BucketOptions(url="s3://models/hub", cache_dir=str(tmp_path / "cache")))
 
 
 @pytest.fixture

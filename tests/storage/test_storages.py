@@ -1,5 +1,6 @@
 """The contract of `Storage`, over every first-party storage with a real source behind it."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Case:
     """What it fetches is kept, listed and can be removed."""
 
 
-@pytest.fixture(params=["local", "package", "hf_cache"])
+@pytest.fixture(params=["local", "package", "hf_cache", "bucket"])
 def case(request, tmp_path, model):
     if request.param == "local":
         folder = tmp_path / "tiny"
@@ -45,6 +46,14 @@ def case(request, tmp_path, model):
         build_wheel(index.folder, "tiny", "1.0", {f"tiny/{path}": raw for path, raw in model.items()})
         storage = request.getfixturevalue("package")
         return Case(storage, parse("package:tiny"), parse("package:none"), index.__aexit__)
+    if request.param == "bucket":
+        s3 = request.getfixturevalue("s3")
+        s3.put("hub/org/tiny", model)
+
+        async def stop_s3():
+            await asyncio.to_thread(s3.stop)
+
+        return Case(request.getfixturevalue("bucket"), parse("org/tiny"), parse("org/none"), stop_s3)
     hub = request.getfixturevalue("hub")
     return Case(request.getfixturevalue("hf_cache"), parse("org/tiny"), parse("org/none"), hub.__aexit__)
 
@@ -64,7 +73,7 @@ async def test_a_storage_claims_its_own_form_of_name_and_no_other(case):
     assert case.storage.claims(case.name)
     assert case.storage.claims(case.missing)
     others = {"local": "path", "package": "package", "hf_cache": ""}
-    others.pop(case.storage.name)
+    others.pop("hf_cache" if case.storage.name == "bucket" else case.storage.name)
     assert not any(case.storage.claims(n) for n in [*ELSEWHERE, *(ModelName(s, "x") for s in others.values())])
 
 
@@ -151,7 +160,7 @@ def test_the_storages_come_in_by_the_entry_point():
     plugins.add(info, hfms_storage)
     assert (info.error, plugins.names("storage")) == (
         None,
-        ["local", "package", "ipfs_kit", "hf_cache", "kubo", "gateway", "neighbours"],
+        ["local", "package", "ipfs_kit", "hf_cache", "bucket", "kubo", "gateway", "neighbours"],
     )
 
 
