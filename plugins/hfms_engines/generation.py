@@ -74,7 +74,10 @@ class GenerationEngine:
         if card.format == "none":
             return "the model has no weights"
         if card.format in ("openvino", "onnx"):
-            return f"its weights are {card.format}, and this engine reads safetensors and GGUF"
+            return (
+                f"its weights are {card.format}, and this engine reads safetensors and GGUF: name the repository that"
+                " it was made of"
+            )
         if device.torch_device is None:
             return f"torch cannot use {device.id}"
         if missing := missing_packages(card, self.packages):

@@ -108,7 +108,8 @@ class OpenVinoEngine:
             return "this engine runs on CPUs"
         if card.format not in ("safetensors", "gguf", "openvino"):
             return f"its weights are {card.format}, and this engine reads safetensors, GGUF and OpenVINO's"
-        if card.model_type not in FAMILIES:
+        # What came as OpenVINO's is compared with itself, whatever its family.
+        if card.format != "openvino" and card.model_type not in FAMILIES:
             return f"{card.model_type} is not among the models that it is tested with"
         if missing := missing_packages(card, self.packages):
             return f"{missing} not installed; run: pip install 'hfms[openvino]'"
