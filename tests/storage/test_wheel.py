@@ -48,6 +48,21 @@ def test_a_gguf_model_is_taken_alone(tmp_path, built):
     assert inside(tmp_path / "out") == {"x.Q4_1.gguf": b"GGUF"}
 
 
+@pytest.mark.parametrize(
+    "graph",
+    [
+        ["openvino_model.xml", "openvino_model.bin"],
+        ["openvino/openvino_model.xml", "openvino/openvino_model.bin"],
+        ["onnx/model.onnx", "onnx/model.onnx_data"],
+        ["model.onnx"],
+    ],
+)
+def test_a_model_as_openvino_or_onnx_is_taken_with_its_weights(tmp_path, built, graph):
+    model = {"config.json": b"{}", "tokenizer.json": b"{}"} | dict.fromkeys(graph, b"x")
+    unpack(built(under("tiny/model", model | {"model.py": b"x", "onnx/model_q4.onnx": b"x"})), tmp_path / "out")
+    assert inside(tmp_path / "out") == model
+
+
 def test_modules_of_a_model_are_not_models_of_their_own(tmp_path, built, model):
     modules = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
     modules |= under("2_Dense", {"config.json": b"{}", "model.safetensors": b"dense"})
