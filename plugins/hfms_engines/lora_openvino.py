@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hfms_cli import Adapter
-from hfms_engines.lora import Adapters, Shape
+if TYPE_CHECKING:
+    from hfms_cli import Adapter
+    from hfms_engines.lora import Shape
 
 __all__ = ["Changes", "add_inputs", "is_input", "layer_of", "merged_name"]
 
@@ -104,6 +105,8 @@ class Changes:
 
     def __init__(self, request: Any, layers: Mapping[str, Shape], *, most: int, most_rank: int) -> None:
         """layers: as `add_inputs` says; none, where the model takes no adapters."""
+        from hfms_engines.lora import Adapters  # imports torch, while a model is compiled: see openvino_runner.load
+
         self.adapters = Adapters(layers, most=most, most_rank=most_rank, option="[engine.openvino]")
         self._request = request
         self._renew()

@@ -1,29 +1,32 @@
 """A model that `openvino_export` made, on its device: compiling, the paged cache, one forward pass.
 
-Imports openvino and torch: for worker processes only.
+Imports openvino, and torch as soon as a model is loaded: for worker processes only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import openvino as ov
-import torch
-import transformers
 
 from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines import openvino_ir
 from hfms_engines.blocks import Blocks
-from hfms_engines.lora import Shape
 from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 from hfms_engines.text import decoder_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from hfms_engines.lora import Shape
 
 __all__ = ["SHORT", "Runner", "load", "precision_of"]
 
@@ -106,6 +109,8 @@ class Runner:
         adapters: the id of each one's, empty for the model as it is; without any, all are.
         Returns [sum of tails, vocabulary] float32, which is the caller's until the next pass.
         """
+        import torch
+
         lengths = [len(piece) for piece in pieces]
         begins = [0, *accumulate(lengths)]
         held = [start + n for start, n in zip(starts, lengths, strict=True)]
@@ -177,30 +182,31 @@ def load(
     rank; with 0 it has no inputs for any.
     Raises LoadFailed and DoesNotFit.
     """
-    transformers.logging.set_verbosity_error()
     core = ov.Core()
     precision = precision_of(core, dtype)
     about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
     short = SHORT[precision]
-    try:
-        model = openvino_ir.read(core, graph) if graph else read(core, folder)
-        layers = add_inputs(model, "wanted") if max_loras else {}
-        compiled = core.compile_model(
-            model,
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": short,
-                "KV_CACHE_PRECISION": short,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": max(threads or physical_cores(), _LEAST_THREADS[precision]),
-            },
-        )
-    except RuntimeError as exc:
-        raise LoadFailed("openvino cannot compile this model.") from exc
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Importing torch and transformers takes about as long as compiling, which does not hold Python up.
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(_tokenizer, folder)
+        try:
+            model = openvino_ir.read(core, graph) if graph else read(core, folder)
+            layers = add_inputs(model, "wanted") if max_loras else {}
+            compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": short,
+                    "KV_CACHE_PRECISION": short,
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_NUM_THREADS": max(threads or physical_cores(), _LEAST_THREADS[precision]),
+                },
+            )
+        except RuntimeError as exc:
+            raise LoadFailed("openvino cannot compile this model.") from exc
     return Runner(
         compiled,
-        tokenizer,
+        tokenizer.result(),
         about,
         precision=precision,
         cache_bytes=cache_bytes,
@@ -209,3 +215,10 @@ def load(
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
     )
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
