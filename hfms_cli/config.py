@@ -144,7 +144,7 @@ class EngineConfig:
     """Engine processes: one a loaded model."""
 
     order: list[str] = setting(
-        lambda: ["openvino", "transformers", "llama_cpp", "embeddings", "speech", "echo"],
+        lambda: ["openvino", "transformers", "llama_cpp", "embeddings", "speech", "vision", "echo"],
         "Engines to try for a model, in this order.",
     )
     batching: bool = setting(

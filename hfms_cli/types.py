@@ -31,6 +31,7 @@ __all__ = [
     "ModelFile",
     "ModelName",
     "Pair",
+    "Picture",
     "Probe",
     "Quality",
     "Quantize",
@@ -51,7 +52,8 @@ __all__ = [
     "VocabularyOf",
 ]
 
-Task = Literal["generate", "embed", "score", "transcribe"]
+Task = Literal["generate", "embed", "score", "transcribe", "image-text-to-text"]
+"""What a model can do. The last is what `generate` does with chats that have images: no call asks for it by itself."""
 Quantize = Literal["auto", "none", "int8", "int4"]
 FinishReason = Literal["stop", "length"]
 Octets = bytes
@@ -103,6 +105,15 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     structure: Structure | None = None
 
 
+class Picture(Struct, frozen=True):
+    """An image in a chat."""
+
+    data: Octets
+    """Of a file, as it came: what decodes it is the engine's process."""
+    param: str
+    """The request's field that it came in, for errors."""
+
+
 class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
     """A chat, before the model's own template turns it into a prompt."""
 
@@ -110,6 +121,8 @@ class Conversation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag=Tr
     template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     """Functions that the model may call, as templates take them: `{"type": "function", "function": {...}}`."""
+    pictures: list[Picture] = []
+    """Images, in the order of the parts `{"type": "image"}` that stand for them in the messages' contents."""
 
 
 class Pair(Struct, frozen=True, tag=True):

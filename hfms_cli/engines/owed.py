@@ -12,6 +12,8 @@ import msgspec
 from hfms_cli.types import Call, CallInput, Chunk, Conversation, Pair, Speech
 
 CHARACTERS_A_TOKEN = 4
+TOKENS_A_PICTURE = 512
+"""Whatever its size: models make 64 to some thousands of one, and only they know."""
 BYTES_A_TOKEN = 320
 """Of a recording, of which a second takes some 16,000 bytes where it is compressed a little, and is 50 tokens."""
 
@@ -51,7 +53,8 @@ def _tokens_of(item: CallInput) -> int:
         return sum(map(_tokens_of, msgspec.structs.astuple(item)))
     if isinstance(item, Conversation):
         tools = len(msgspec.json.encode(item.tools)) // CHARACTERS_A_TOKEN if item.tools else 0
-        return tools + sum(_tokens_of(str(message.get("content") or "")) for message in item.messages)
+        texts = sum(_tokens_of(str(message.get("content") or "")) for message in item.messages)
+        return tools + texts + TOKENS_A_PICTURE * len(item.pictures)
     if isinstance(item, Speech):
         return 1 + len(item.data) // BYTES_A_TOKEN
     return 1 + len(item) // CHARACTERS_A_TOKEN

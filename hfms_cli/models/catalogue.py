@@ -38,7 +38,7 @@ log = structlog.get_logger("hfms.models")
 LOOK_SECONDS = 5.0
 """How old the knowledge of the folders may be."""
 LARGEST_CARD = 64 * 2**10
-TASKS = ("generate", "embed", "score", "transcribe")
+TASKS = ("generate", "embed", "score", "transcribe", "image-text-to-text")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Card:
     source: str = setting("", "The model: org/name[@revision], package:NAME, ipfs://CID, ./file or an absolute path.")
     name: str = setting("", "What clients call it; empty: the card's file name without .toml.")
     summary: str = setting("", "What it is good for, in a sentence.")
-    tasks: list[str] = setting(list, "What it can do: generate, embed, score, transcribe; empty: as its files say.")
+    tasks: list[str] = setting(list, f"What it can do: {', '.join(TASKS)}; empty: as its files say.")
     architecture: str = setting("", "Empty: as its files say.")
     hardware: list[str] = setting(list, "Kinds of device that it is meant for; empty: those that can run it here.")
     aliases: list[str] = setting(list, "More names for it.")

@@ -36,6 +36,8 @@ _LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|op
 
 GENERATES = ("ForCausalLM", "LMHeadModel")
 TRANSCRIBES = ("WhisperForConditionalGeneration",)
+READS_WITH = "ForConditionalGeneration"
+"""How architectures end that write about something else than texts."""
 # fmt: off
 # Encoders whose bare model (`BertModel`: no head) makes vectors that can be pooled.
 ENCODERS = {
@@ -96,6 +98,8 @@ class _Config(_Text):
     id2label: dict[str, Any] | None = None
     text_config: _Text | None = None
     """Models of several modalities keep the words here."""
+    vision_config: dict[str, Any] | None = None
+    """And what looks at images here."""
 
     @property
     def architecture(self) -> str:
@@ -139,7 +143,7 @@ def inspect(folder: Path, files: Collection[str] = ()) -> ModelCard:
             format="none",
             model_type="echo",
             architecture=config.architecture,
-            tasks=("generate", "embed", "score", "transcribe"),
+            tasks=("generate", "embed", "score", "transcribe", "image-text-to-text"),
             weights_bytes=0,
         )
     if config is None and "adapter_config.json" in names:
@@ -247,6 +251,8 @@ def _tasks(names: set[str], config: _Config) -> tuple[Task, ...]:
         return ("generate",)
     if config.architecture in TRANSCRIBES:
         return ("transcribe",)
+    if config.architecture.endswith(READS_WITH) and config.vision_config is not None:
+        return ("image-text-to-text",)
     if config.model_type in ENCODERS and config.architecture.endswith("Model"):
         return ("embed",)
     return ()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import io
+import struct
 import wave
+import zlib
 
 import structlog
 
 from hfms_cli.engines.host import EngineHost
 from hfms_cli.errors import BadRequest, HfmsError, LoadFailed
-from hfms_cli.types import Call, CallInput, Pair, Sampling, Speech, Task
+from hfms_cli.types import Call, CallInput, Conversation, Pair, Picture, Sampling, Speech, Task
 
 log = structlog.get_logger("hfms.models")
 
@@ -50,10 +52,14 @@ async def _answered(host: EngineHost, task: Task) -> None:
         asked = Pair(TEXT, TEXT)
     elif task == "transcribe":
         asked = Speech(data=_silence())
+    elif task == "image-text-to-text":
+        content = [{"type": "image"}, {"type": "text", "text": TEXT}]
+        asked = Conversation(messages=[{"role": "user", "content": content}], pictures=[Picture(_grey(), "messages")])
     sampling = Sampling(max_tokens=TOKENS, temperature=0.0)
+    done: Task = "generate" if task == "image-text-to-text" else task
     try:
         async for _ in host.submit(
-            Call(id=f"warm-up-{task}", model=host.model, task=task, inputs=[asked], sampling=sampling)
+            Call(id=f"warm-up-{task}", model=host.model, task=done, inputs=[asked], sampling=sampling)
         ):
             continue
     except BadRequest as exc:  # a model that takes other texts than this one
@@ -69,3 +75,14 @@ def _silence() -> bytes:
         sound.setframerate(16_000)
         sound.writeframes(bytes(32_000))
     return file.getvalue()
+
+
+def _grey(size: int = 64) -> bytes:
+    """A grey square, as a PNG file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + b"\x80" * size) * size
+    head = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

@@ -60,6 +60,7 @@ ABILITIES: dict[Task, str] = {
     "embed": "make embeddings",
     "score": "score pairs of texts",
     "transcribe": "write down speech",
+    "image-text-to-text": "look at images",
 }
 """Tasks, as people are told of them."""
 

@@ -79,6 +79,13 @@ class Dialogue:
         self._formats = formats_of(info.template, self._settings.tool_parser, self._settings.reasoning_parser)
         (chat,) = call.inputs
         assert isinstance(chat, Conversation)
+        if chat.pictures and "image-text-to-text" not in info.tasks:
+            raise BadRequest(
+                f"The model `{call.model}` takes no images; send text alone, or name a model that does: their `tasks`"
+                " in /v1/models have `image-text-to-text`.",
+                param=chat.pictures[0].param,
+                code="unsupported_value",
+            )
         chat = with_tools(chat, self._use, self._formats)
         if self._use and call.sampling.structure is not None:
             raise BadRequest(

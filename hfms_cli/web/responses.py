@@ -16,13 +16,14 @@ from msgspec import Meta, Struct
 
 from hfms_cli.errors import BadRequest, HfmsError
 from hfms_cli.parsing import Arguments, CallBegins, Content, Event, Reasoning
-from hfms_cli.types import Call, Caller, Chunk, Conversation, LoadedInfo, Sampling, Structure
+from hfms_cli.types import Call, Caller, Chunk, Conversation, LoadedInfo, Picture, Sampling, Structure
 from hfms_cli.web import answers
 from hfms_cli.web.body import parse
 from hfms_cli.web.calling import CALL, answered, call_of
 from hfms_cli.web.context import SERVING, log_of, respond
 from hfms_cli.web.dialogue import Dialogue, Effort
 from hfms_cli.web.operation import operation
+from hfms_cli.web.pictures import Detail, check_detail, content_of, picture
 from hfms_cli.web.schemas import Int64, Positive, Priority, Temperature, refuse_unsupported
 from hfms_cli.web.shapes import Tally
 from hfms_cli.web.sse import EventStream, encode
@@ -73,6 +74,9 @@ class Text(Struct, kw_only=True):
 
     type: str
     text: str | None = None
+    image_url: str | None = None
+    """Of a part `input_image` in a user's message: `data:image/png;base64,...`."""
+    detail: Detail | None = None
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -189,14 +193,17 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
             "structure": self._structure(),
         }
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += self._messages()
+        pictures: list[Picture] = []
+        messages += self._messages(pictures)
         if not messages:
             raise BadRequest("`input` holds reasoning alone; add a message.", param="input")
         return Call(
             id=call_id,
             model=self.model,
             task="generate",
-            inputs=[Conversation(messages=messages, template_kwargs=self.chat_template_kwargs or None)],
+            inputs=[
+                Conversation(messages=messages, template_kwargs=self.chat_template_kwargs or None, pictures=pictures)
+            ],
             sampling=Sampling(**{k: v for k, v in chosen.items() if v is not None}),  # type: ignore[arg-type]
             caller=caller,
         )
@@ -212,8 +219,11 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
             raise BadRequest(f"A format of type `json_schema` needs `{missing}`.", param=f"text.format.{missing}")
         return Structure(kind="json_schema", spec=encode(asked.schema).decode(), param="text.format.schema")
 
-    def _messages(self) -> list[dict[str, Any]]:
-        """The dialogue as templates take it: reasoning and calls are parts of an assistant's message."""
+    def _messages(self, pictures: list[Picture]) -> list[dict[str, Any]]:
+        """The dialogue as templates take it: reasoning and calls are parts of an assistant's message.
+
+        Images are added to `pictures`, in the order of the parts that stand for them.
+        """
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         messages: list[dict[str, Any]] = []
@@ -226,13 +236,15 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
                     if item.role is None:
                         raise BadRequest(f"`role` is missing in `{at}`.", param=f"{at}.role")
                     role = "system" if item.role == "developer" else item.role
-                    message: dict[str, Any] = {"role": role, "content": _text(item.content, f"{at}.content")}
+                    seen = pictures if role == "user" else None
+                    content = _content(item.content, f"{at}.content", seen)
+                    message: dict[str, Any] = {"role": role, "content": content}
                     if role == "assistant" and thought:
                         message["reasoning_content"] = thought
                     messages.append(message)
                     thought = ""
                 case "reasoning":
-                    thought += _text(item.content or [], f"{at}.content")
+                    thought += str(_content(item.content or [], f"{at}.content"))
                 case "function_call":
                     call_id, name = _needed(item, at, "call_id"), _needed(item, at, "name")
                     arguments = Called(name, _needed(item, at, "arguments")).plain(at)
@@ -247,7 +259,11 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
                     )
                 case "function_call_output":
                     call_id = _needed(item, at, "call_id")
-                    message = {"role": "tool", "tool_call_id": call_id, "content": _text(item.output, f"{at}.output")}
+                    message = {
+                        "role": "tool",
+                        "tool_call_id": call_id,
+                        "content": _content(item.output, f"{at}.output"),
+                    }
                     messages.append(message | ({"name": names[call_id]} if call_id in names else {}))
         return messages
 
@@ -259,19 +275,30 @@ def _needed(item: Item, at: str, field: str) -> str:
     return value
 
 
-def _text(content: str | list[Text] | None, at: str) -> str:
+def _content(
+    content: str | list[Text] | None, at: str, pictures: list[Picture] | None = None
+) -> str | list[dict[str, Any]]:
+    """A content as templates take it. pictures: where its images go; None: it may have none. Raises BadRequest."""
     if content is None:
         raise BadRequest(f"`{at}` is missing.", param=at, code="missing_parameter")
     if isinstance(content, str):
         return content
+    parts: list[dict[str, Any]] = []
     for k, part in enumerate(content):
-        if part.type not in ("input_text", "output_text", "reasoning_text", "text") or part.text is None:
+        if part.type == "input_image" and part.image_url is not None and pictures is not None:
+            check_detail(part.detail, f"{at}[{k}].detail")
+            pictures.append(picture(part.image_url, f"{at}[{k}].image_url"))
+            parts.append({"type": "image"})
+        elif part.type in ("input_text", "output_text", "reasoning_text", "text") and part.text is not None:
+            parts.append({"type": "text", "text": part.text})
+        else:
             raise BadRequest(
-                f"Parts of type `{part.type}` are not supported by this model; send text.",
+                f"Parts of type `{part.type[:40]}` are not supported here; send text, or in a user's message"
+                " `input_image` with `image_url`.",
                 param=f"{at}[{k}].type",
                 code="unsupported_value",
             )
-    return "\n".join(part.text for part in content if part.text is not None)
+    return content_of(parts)
 
 
 @calls.post("/v1/responses")

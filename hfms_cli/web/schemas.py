@@ -11,8 +11,20 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hfms_cli.errors import BadRequest
-from hfms_cli.types import PRIORITIES, Call, Caller, CallInput, Conversation, Pair, Quantize, Sampling, TokensOf
+from hfms_cli.types import (
+    PRIORITIES,
+    Call,
+    Caller,
+    CallInput,
+    Conversation,
+    Pair,
+    Picture,
+    Quantize,
+    Sampling,
+    TokensOf,
+)
 from hfms_cli.web.dialogue import Effort
+from hfms_cli.web.pictures import ImageUrl, check_detail, content_of, picture
 from hfms_cli.web.structure import ResponseFormat, Structured
 from hfms_cli.web.tools import NamedChoice, Tool, ToolCall, ToolChoice, ToolUse
 
@@ -172,6 +184,23 @@ class Part(Struct):
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = None
+
+    def plain(self, at: str, pictures: list[Picture]) -> dict[str, Any]:
+        """The part as templates take it; an image stands in `pictures` from then on. Raises BadRequest."""
+        if self.type == "text" and self.text is not None:
+            return {"type": "text", "text": self.text}
+        if self.type == "image_url" and self.image_url is not None:
+            check_detail(self.image_url.detail, f"{at}.image_url.detail")
+            pictures.append(picture(self.image_url.url, f"{at}.image_url.url"))
+            return {"type": "image"}
+        if self.type in ("text", "image_url"):
+            raise BadRequest(f"`{self.type}` is missing.", param=f"{at}.{self.type}", code="missing_parameter")
+        raise BadRequest(
+            f"Parts of type `{self.type[:40]}` are not supported; send `text`, or `image_url` in a user's message.",
+            param=f"{at}.type",
+            code="unsupported_value",
+        )
 
 
 class Message(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -188,26 +217,26 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     audio: Any = None
     function_call: Any = None
 
-    def plain(self, at: str) -> dict[str, Any]:
-        """The message as templates take it."""
+    def plain(self, at: str, pictures: list[Picture]) -> dict[str, Any]:
+        """The message as templates take it; its images are added to `pictures`. Raises BadRequest."""
         for field in ("refusal", "annotations", "audio", "function_call"):
             if getattr(self, field) not in (None, []):
                 raise BadRequest(f"`{field}` is not supported yet.", param=f"{at}.{field}", code="unsupported_value")
         self._check_role(at)
-        content = self.content
+        content: Any = self.content
         if content is UNSET and self.tool_calls:
             content = None
         if content is UNSET or (content is None and self.role != "assistant"):
             raise BadRequest(f"`content` is missing in a message of role `{self.role}`.", param=f"{at}.content")
         if isinstance(content, list):
-            for k, part in enumerate(content):
-                if part.type != "text" or part.text is None:
-                    raise BadRequest(
-                        f"Parts of type `{part.type}` are not supported by this model; send text.",
-                        param=f"{at}.content[{k}].type",
-                        code="unsupported_value",
-                    )
-            content = "\n".join(p.text for p in content if p.text is not None)
+            before = len(pictures)
+            content = content_of([part.plain(f"{at}.content[{k}]", pictures) for k, part in enumerate(content)])
+            if len(pictures) > before and self.role != "user":
+                raise BadRequest(
+                    f"Images are for messages of role `user`, not `{self.role}`.",
+                    param=pictures[before].param,
+                    code="unsupported_value",
+                )
         # Templates of open models know `system` and not OpenAI's newer word for it.
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
@@ -267,9 +296,11 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
             raise BadRequest("Send `max_tokens` or `max_completion_tokens`, not both.", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        pictures: list[Picture] = []
         conversation = Conversation(
-            messages=conversation_of(self.messages),
+            messages=conversation_of(self.messages, pictures),
             template_kwargs=self.chat_template_kwargs,
+            pictures=pictures,
         )
         return Call(
             id=call_id,
@@ -292,9 +323,12 @@ class ChatRequest(Generate, kw_only=True, forbid_unknown_fields=True):
         return ToolUse.of([tool.function for tool in self.tools or ()], asked, self.parallel_tool_calls)
 
 
-def conversation_of(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as templates take them; some of those want a tool's name, which OpenAI's messages need not have."""
-    plain = [m.plain(f"messages[{i}]") for i, m in enumerate(messages)]
+def conversation_of(messages: list[Message], pictures: list[Picture]) -> list[dict[str, Any]]:
+    """Messages as templates take them; some of those want a tool's name, which OpenAI's messages need not have.
+
+    Their images are added to `pictures`, in the order of the parts that stand for them.
+    """
+    plain = [m.plain(f"messages[{i}]", pictures) for i, m in enumerate(messages)]
     called = {call["id"]: call["function"]["name"] for m in plain for call in m.get("tool_calls", ())}
     for message in plain:
         if message["role"] == "tool" and message["tool_call_id"] in called:
@@ -336,8 +370,16 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         }
         if self.add_generation_prompt is None and self.continue_final_message:
             named["add_generation_prompt"] = False
+        pictures: list[Picture] = []
+        messages = conversation_of(self.messages or [], pictures)
+        if pictures:
+            raise BadRequest(
+                "The tokens of images are not told here; the `usage` of an answer counts them.",
+                param=pictures[0].param,
+                code="unsupported_value",
+            )
         chat = Conversation(
-            messages=conversation_of(self.messages or []),
+            messages=messages,
             template_kwargs=(self.chat_template_kwargs or {}) | {k: v for k, v in named.items() if v is not None},
         )
         return TokensOf(chat)

@@ -7,12 +7,11 @@ echo:NAME` serves it; `[engine.echo] step_ms` makes it as slow as a real one.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,10 +110,18 @@ def words_of(item: CallInput) -> list[str]:
         item = item.data.decode(errors="replace")
     if isinstance(item, Conversation):
         content = item.messages[-1].get("content")
-        item = content if isinstance(content, str) else json.dumps(content)
+        item = content if isinstance(content, str) else " ".join(texts_of(item))
     elif not isinstance(item, str):
         item = " ".join(map(str, item))
     return re.findall(r"\s*\S+\s*?|\s+", item) or [""]
+
+
+def texts_of(chat: Conversation) -> Iterator[str]:
+    """Texts of the last message, and its images as if their bytes were text."""
+    parts = chat.messages[-1]["content"]
+    pictures = iter(chat.pictures[-sum(part["type"] == "image" for part in parts) :])
+    for part in parts:
+        yield part["text"] if part["type"] == "text" else next(pictures).data.decode(errors="replace")
 
 
 def token_id(word: str) -> int:
@@ -256,7 +263,7 @@ class EchoEngine:
     """The engine `echo`: only the models that the storage `echo` makes."""
 
     name = "echo"
-    tasks: tuple[Task, ...] = ("generate", "embed", "score", "transcribe")
+    tasks: tuple[Task, ...] = ("generate", "embed", "score", "transcribe", "image-text-to-text")
 
     def __init__(self, options: EchoOptions) -> None:
         self.options = options

@@ -23,25 +23,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import re
 import subprocess
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hfms_cli import BadRequest, EngineFault, HfmsError, Structure
+from hfms_cli import BadRequest, Structure
 from hfms_engines import structure_check
+from hfms_engines.beside import Beside
 from hfms_engines.vocabulary import BYTES
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger("hfms.engine")
 
 T = TypeVar("T")
 
@@ -219,70 +217,34 @@ class Follower:
         return bool(self._inner.is_accepting())
 
 
-class Workshop(Generic[T]):
+class Workshop(Beside[T]):
     """Makes of structures what calls need of them, beside the steps, and keeps it.
 
     make: called in a thread of its own, one at a time.
     """
 
     def __init__(self, make: Callable[[Structure], T], close: Callable[[], None]) -> None:
+        super().__init__(
+            "What the answer must look like could not be compiled.", name="structures", stack_bytes=_STACK_BYTES
+        )
         self._make = make
         self._close = close
         self._kept: OrderedDict[Structure, Future[T]] = OrderedDict()
-        self._waiting: dict[str, tuple[Future[T], Callable[[T], None]]] = {}
-        self._thread: ThreadPoolExecutor | None = None
-
-    def __len__(self) -> int:
-        """Calls that wait."""
-        return len(self._waiting)
 
     def order(self, call_id: str, structure: Structure, then: Callable[[T], None]) -> None:
         """Have it made; `deliver` calls `then`. Raises BadRequest for what is plainly too large."""
         if len(structure.spec.encode()) > LARGEST:
             raise invalid(structure, f"it is larger than {LARGEST // 1024} KiB.")
-        made = self._kept.pop(structure, None) or self._started().submit(self._make, structure)
+        made = self._kept.pop(structure, None) or self.begin(partial(self._make, structure))
         self._kept[structure] = made
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        self._waiting[call_id] = made, then
-
-    def deliver(self, seconds: float) -> list[tuple[str, HfmsError]]:
-        """Let calls go on whose structures are made, and name those that cannot. Waits so long for the first."""
-        if not self._waiting:
-            return []
-        wait([made for made, _ in self._waiting.values()], seconds, FIRST_COMPLETED)
-        failed: list[tuple[str, HfmsError]] = []
-        for call_id, (made, then) in list(self._waiting.items()):
-            if not made.done():
-                continue
-            del self._waiting[call_id]
-            error = made.exception()
-            if error is None:
-                then(made.result())
-            elif isinstance(error, HfmsError):
-                failed.append((call_id, error))
-            else:
-                log.error("a structure could not be compiled", exc_info=error)
-                failed.append((call_id, EngineFault("What the answer must look like could not be compiled.")))
-        return failed
-
-    def drop(self, call_id: str) -> None:
-        """A call waits no longer."""
-        self._waiting.pop(call_id, None)
+        self.wait_for(call_id, made, then)
 
     def close(self) -> None:
-        """Waits for what is being made."""
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            super().close()
             self._close()
-
-    def _started(self) -> ThreadPoolExecutor:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="structures")
-            before = threading.stack_size(_STACK_BYTES)
-            self._thread.submit(int)  # which starts the thread
-            threading.stack_size(before)
-        return self._thread
 
 
 def bytes_of(tokenizer: Any) -> dict[int, bytes] | None:

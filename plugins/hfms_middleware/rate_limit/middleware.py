@@ -22,6 +22,7 @@ from hfms_cli import (
     CallInput,
     Chunk,
     Config,
+    Conversation,
     Middleware,
     Overloaded,
     Proceed,
@@ -48,6 +49,8 @@ BYTES_PER_TOKEN = 3
 """Of a prompt that is not yet tokenised. English has more than four a token, code and Chinese about three."""
 BYTES_PER_SOUND = 80
 """Of a recording: a second is 50 tokens, and takes 4,000 bytes where it is compressed well."""
+TOKENS_PER_PICTURE = 1_024
+"""Of an image, whatever its size: models make 64 to some thousands of one, and only they know."""
 MINUTE, DAY = 60, 86_400
 
 
@@ -235,12 +238,16 @@ def most_tokens(call: Call, reserve_tokens: int) -> int:
 
 
 def _most_prompt_tokens(item: CallInput) -> int:
-    """Of one input. A recording counts by its own measure: its bytes are no text."""
+    """Of one input. Recordings and images count by measures of their own: their bytes are no text."""
     if isinstance(item, list):
         return len(item)
     if isinstance(item, Speech):
         return -(-len(item.data) // BYTES_PER_SOUND)
-    return -(-len(msgspec.json.encode(item)) // BYTES_PER_TOKEN)
+    pictures = 0
+    if isinstance(item, Conversation):
+        pictures = len(item.pictures)
+        item = msgspec.structs.replace(item, pictures=[])
+    return -(-len(msgspec.json.encode(item)) // BYTES_PER_TOKEN) + TOKENS_PER_PICTURE * pictures
 
 
 def tell(taken: Taken) -> None:
