@@ -11,6 +11,7 @@ from hfms_engines.generation import GenerationEngine, GenerationOptions
 from hfms_engines.llama_cpp import LlamaCppEngine, LlamaCppOptions
 from hfms_engines.openvino import OpenVinoEngine, OpenVinoOptions
 from hfms_engines.speech import SpeechEngine, SpeechOptions
+from hfms_engines.vision import VisionEngine, VisionOptions
 
 
 @hookimpl
@@ -20,6 +21,7 @@ def hfms_engines() -> Iterator[Provider[Engine]]:
     yield Provider("transformers", GenerationEngine, GenerationOptions, summary="Text generation by torch, batched.")
     yield Provider("llama_cpp", LlamaCppEngine, LlamaCppOptions, summary="Text generation from GGUF, without torch.")
     yield Provider("speech", SpeechEngine, SpeechOptions, summary="What is said in recordings, by Whisper and torch.")
+    yield Provider("vision", VisionEngine, VisionOptions, summary="Answers about images, by torch.")
     yield Provider(
         "embeddings", Embeddings, EmbeddingsOptions, summary="Embeddings and scores of pairs, as sentence-transformers."
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hfms_cli import Call, TokenLogprob
 
@@ -18,11 +20,18 @@ class Prompt:
     """What its answers begin with, where that was asked for."""
     scores: list[TokenLogprob] | None = None
     """Where they were asked for: of its tokens from the first on, as far as it was read."""
+    pictures: Callable[[], Mapping[str, Any]] | None = None
+    """What a pass takes beside the tokens to read it, where it has images; such a prompt is read at once and alone."""
 
     @property
     def unscored(self) -> bool:
         """Whether it has to be read for the sake of its own tokens' logprobs."""
         return self.scores is not None and len(self.scores) < len(self.ids)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other may be read in the same pass."""
+        return self.unscored or self.pictures is not None
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hfms_cli import (
@@ -41,6 +42,7 @@ from hfms_cli import (
 )
 from hfms_engines import limits, middle, vocabulary
 from hfms_engines.calls import Choice, OpenCall, Prompt
+from hfms_engines.chats import templated
 from hfms_engines.line import Line
 from hfms_engines.pace import Pace
 from hfms_engines.structure import STUCK, Matchers, Workshop
@@ -60,14 +62,6 @@ Event = tuple[str, Chunk | HfmsError | None]
 
 # Numbers in the logits of prompts that one pass makes at most, 128 MiB of them: a prompt is read in pieces for that.
 _LOGITS = 2**25
-
-# fmt: off
-# What a client may pass to a chat template; the other arguments of `apply_chat_template` are the engine's.
-_NOT_FOR_TEMPLATES = {
-    "chat_template", "conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
-    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation",
-}
-# fmt: on
 
 
 @dataclass(eq=False)
@@ -324,26 +318,9 @@ class Scheduler(ABC):
         return Tokens(list(ids), [self._vocabulary.name(token) for token in ids], text)
 
     def _chat(self, chat: Conversation) -> list[int]:
-        from jinja2 import TemplateError
-
         tokenizer = self._runner.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            raise limits.no_chat_template()
-        extra = chat.template_kwargs or {}
-        if taken := sorted(_NOT_FOR_TEMPLATES & extra.keys()):
-            raise BadRequest(f"`{taken[0]}` is not a variable of chat templates.", param="chat_template_kwargs")
-        try:
-            ids: list[int] = tokenizer.apply_chat_template(
-                chat.messages,
-                **{"add_generation_prompt": True, **extra},
-                tools=chat.tools,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as exc:
-            raise BadRequest(f"The model's chat template refuses these messages: {exc}", param="messages") from exc
-        except Exception as exc:
-            raise limits.unfit_messages() from exc
+        apply = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+        ids: list[int] = templated(chat, getattr(tokenizer, "chat_template", None), apply)
         return ids
 
     def add_adapter(self, adapter: Adapter) -> None:

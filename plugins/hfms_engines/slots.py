@@ -14,7 +14,7 @@ room for it as it is. If those under way outgrow the cache, the last of them wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from hfms_engines.scheduler import Event, Scheduler, Seq
@@ -77,6 +77,8 @@ class SlotScheduler(Scheduler):
         family = readers + copiers
         if readers[0].prompt.unscored:  # and so alone
             most = min(most, self._score_tokens)
+        if readers[0].prompt.pictures:  # alone, too; half of an image cannot be read
+            most = readers[0].length
         width = min(most, max(s.length - s.cached for s in readers))
         pieces = [s.tokens[s.cached : s.cached + width] for s in readers]
         last = all(s.cached + len(piece) == s.length for s, piece in zip(readers, pieces, strict=True))
@@ -89,7 +91,15 @@ class SlotScheduler(Scheduler):
             tokens = [piece[:1] * n + piece for n, piece in zip(short, pieces, strict=True)]
             starts = [s.cached - n for n, s in zip(short, readers, strict=True)]
             first = len(self._rows)
-            logits = self._forward(readers, tokens, starts, first=first, tail=scored + last if scored else 1)
+            pictures = readers[0].prompt.pictures
+            logits = self._forward(
+                readers,
+                tokens,
+                starts,
+                first=first,
+                tail=scored + last if scored else 1,
+                beside=pictures() if pictures else {},
+            )
             if scored:
                 scores.append(self._score_prompt(readers[0], logits[:scored]))
             if not last:
@@ -124,17 +134,25 @@ class SlotScheduler(Scheduler):
         return list(first.values())
 
     def _forward(
-        self, seqs: list[Seq], tokens: list[list[int]], starts: list[int], *, first: int, tail: int = 1
+        self,
+        seqs: list[Seq],
+        tokens: list[list[int]],
+        starts: list[int],
+        *,
+        first: int,
+        tail: int = 1,
+        beside: Mapping[str, torch.Tensor] = {},
     ) -> torch.Tensor:
         self._cache.reserve(*self._slots())
-        return self._runner.forward(tokens, starts, first, tail=tail, adapters=[s.call.adapter for s in seqs])
+        adapters = [s.call.adapter for s in seqs]
+        return self._runner.forward(tokens, starts, first, tail=tail, adapters=adapters, beside=beside)
 
     def _admit(self, most: int, events: list[Event]) -> None:
         """Let in the first in line: as many as there are slots and room for, and as one pass can read."""
         while (seq := self._line.first()) is not None:
             readers = self._readers([*self._filling, seq])
             together = len(readers) * max(s.length for s in readers) <= most
-            if len(readers) > 1 and (not together or any(s.prompt.unscored for s in readers)):
+            if len(readers) > 1 and (not together or any(s.prompt.alone for s in readers)):
                 return
             while not self._fits(seq):
                 other = self._yielding(seq)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,6 +242,12 @@ def _teach_masks() -> None:
 class Runner:
     """A model and its tokenizer, ready to run."""
 
+    engine = "transformers"
+    family: Any = transformers.AutoModelForCausalLM
+    """Which of transformers' models it takes."""
+    reader: Any = transformers.AutoTokenizer
+    """What makes a model's inputs: a tokenizer, or what has one."""
+
     def __init__(
         self,
         model: Any,
@@ -279,11 +285,13 @@ class Runner:
         *,
         tail: int = 1,
         adapters: Sequence[str] = (),
+        beside: Mapping[str, torch.Tensor] = {},
     ) -> torch.Tensor:
         """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
 
         tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
         adapters: the id of each row's, empty for the model as it is; without any, all are.
+        beside: what else the model takes for these tokens.
         Returns [rows * tail, vocabulary] float32.
         """
         self.changes.choose(adapters)
@@ -291,7 +299,7 @@ class Runner:
         ids = torch.tensor(tokens, device=self.device)
         cache = {self._cache_name: self.cache}
         keep = {"logits_to_keep": tail} if self._keeps else {}
-        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **keep)
+        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **keep, **beside)
         return out.logits[:, -tail:].flatten(0, 1).float()
 
     def weights_bytes(self) -> int:
@@ -327,6 +335,12 @@ class Runner:
         # torch before 2.8 has no class for this.
         return isinstance(exc, getattr(torch, "AcceleratorError", ())) and not Runner.is_out_of_memory(exc)
 
+    def is_same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        """Whether logits differ by no more than rounding makes them."""
+        error = float((ours - theirs).norm() / theirs.norm())
+        # Experts may be chosen otherwise where two are equally good, so half precision is let stray.
+        return error < (0.01 if self.model.dtype == torch.float32 else 0.2)
+
     @_inference
     def prove(self) -> None:
         """Refuse a model that answers otherwise from our cache than without one. Also warms it up.
@@ -345,10 +359,7 @@ class Runner:
             if self.is_out_of_memory(exc):
                 raise
             raise LoadFailed(f"This model cannot run in a batch: {_kind(self.model)} does not take our cache.") from exc
-        theirs = whole[[4, 2]]
-        error = float((ours - theirs).norm() / theirs.norm())
-        # Experts may be chosen otherwise where two are equally good, so half precision is let stray.
-        if not error < (0.01 if self.model.dtype == torch.float32 else 0.2):
+        if not self.is_same(ours, whole[[4, 2]]):
             raise LoadFailed(
                 f"This model cannot run in a batch: {_kind(self.model)} answers otherwise when sequences of different"
                 " lengths run together."
@@ -376,12 +387,18 @@ def silent_ids(tokenizer: Any) -> set[int]:
 
 
 def load(
-    request: LoadRequest, *, cache_bytes: int, threads: int = 0, max_loras: int = 0, max_lora_rank: int = 0
+    request: LoadRequest,
+    *,
+    cache_bytes: int,
+    threads: int = 0,
+    max_loras: int = 0,
+    max_lora_rank: int = 0,
+    kind: type[Runner] = Runner,
 ) -> Runner:
     """Load a model that keeps its state in keys and values only.
 
     cache_bytes: for keys and values of all running sequences. threads: on the CPU; 0: one for each physical core.
-    max_loras, max_lora_rank: how many adapters it may have at once, and of what rank.
+    max_loras, max_lora_rank: how many adapters it may have at once, and of what rank. kind: of runner.
     Raises LoadFailed, UnsafeFormat and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
@@ -390,7 +407,7 @@ def load(
     _teach_masks()
     try:
         with _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext():
-            runner = _load(request, max_loras, max_lora_rank)
+            runner = _load(request, kind, max_loras, max_lora_rank)
         runner.prove()
     except Exception as exc:
         if Runner.is_out_of_memory(exc):
@@ -402,7 +419,7 @@ def load(
     if budget < BLOCK:
         raise DoesNotFit(
             f"A cache of {cache_bytes} bytes holds {budget} tokens of this model, and {BLOCK} are the least;"
-            " set [engine.transformers] kv_cache_bytes, or free memory."
+            f" set [engine.{kind.engine}] kv_cache_bytes, or free memory."
         )
     runner.cache.budget = budget
     # One sequence alone must always fit.
@@ -410,7 +427,7 @@ def load(
     return runner
 
 
-def _load(request: LoadRequest, max_loras: int, max_lora_rank: int) -> Runner:
+def _load(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_rank: int) -> Runner:
     card, folder = request.card, str(Path(request.folder))
     device = torch.device(request.device.torch_device or "cpu")
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
@@ -418,17 +435,15 @@ def _load(request: LoadRequest, max_loras: int, max_lora_rank: int) -> Runner:
         common["gguf_file"] = card.weights[0]
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **common)
-        if reason := _why_not(config):
+        if reason := _why_not(config, kind.family):
             raise LoadFailed(reason)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
+        reader = kind.reader.from_pretrained(folder, **common)
         how: dict[str, Any] = dict(common)
         if card.format != "gguf":
             how |= {"use_safetensors": card.format == "safetensors", "weights_only": True}
         if device.type != "cpu":
             how["device_map"] = {"": device}  # straight to the device, without a copy of all weights here
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=_dtype(request, device), **how
-        )
+        model = kind.family.from_pretrained(folder, config=config, dtype=_dtype(request, device), **how)
     except (LoadFailed, ConfigError):
         raise
     except Exception as exc:
@@ -440,11 +455,11 @@ def _load(request: LoadRequest, max_loras: int, max_lora_rank: int) -> Runner:
             ) from exc
         raise LoadFailed(f"transformers cannot load this model: {type(exc).__name__}.") from exc
     model.eval()
-    return Runner(
+    return kind(
         model,
-        tokenizer,
+        reader,
         device=device,
-        context_length=context_length(config, tokenizer, card.context_length),
+        context_length=context_length(config, getattr(reader, "tokenizer", reader), card.context_length),
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
     )
@@ -467,14 +482,14 @@ def context_length(config: Any, tokenizer: Any, told: int) -> int:
     return int(limit) if limit < 2**31 else 2048
 
 
-def _why_not(config: Any) -> str | None:
+def _why_not(config: Any, family: Any) -> str | None:
     """Why a model with this configuration cannot run from a cache of keys and values alone, or None."""
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; this engine runs decoders."
-    known = transformers.AutoModelForCausalLM._model_mapping
-    if type(config) not in known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        return f"transformers has no causal language model of type {name}."
+    known = family._model_mapping
+    if type(config) not in known and family.__name__ not in (getattr(config, "auto_map", None) or {}):
+        return f"transformers has no {family.__name__.removeprefix('Auto')} of type {name}."
     if type(config) in known and getattr(known[type(config)], "_is_stateful", False):
         return f"{name} keeps a recurrent state, which cannot be kept in slots; this engine runs attention models."
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
