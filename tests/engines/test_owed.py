@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hfms_cli.engines import wire
 from hfms_cli.engines.host import EngineHost, HostOptions
-from hfms_cli.engines.owed import Owed
+from hfms_cli.engines.owed import TOKENS_A_PICTURE, Owed
 from hfms_cli.models.pool import least_outstanding
-from hfms_cli.types import Call, Chunk, Conversation, Device, LoadedInfo, Sampling
+from hfms_cli.types import Call, Chunk, Conversation, Device, LoadedInfo, Picture, Sampling
 
 CONTEXT = 100
 CPU = Device(id="cpu", kind="cpu", name="cpu", total_bytes=1, free_bytes=1)
@@ -74,6 +74,8 @@ def test_a_call_owes_its_prompts_and_the_longest_answers_that_it_allows():
     tools = [{"a": "b" * 72}]  # 82 characters of JSON
     with_tools = Conversation(messages=chat.messages, tools=tools)
     assert owes(with_tools, sampling=Sampling(max_tokens=1)) == 32
+    seen = Conversation(messages=chat.messages, pictures=[Picture(bytes(2**20), "messages")])
+    assert owes(seen, sampling=Sampling(max_tokens=1)) == 12 + TOKENS_A_PICTURE
 
 
 @dataclass

@@ -17,11 +17,11 @@ import aiohttp
 import msgspec
 import pytest
 
-from hfms_cli import Call, Caller, Conversation, Sampling
+from hfms_cli import Call, Caller, Conversation, Picture, Sampling
 from hfms_cli.config import load_config
 from hfms_cli.errors import ConfigError
 from hfms_middleware.rate_limit.buckets import MemoryBuckets
-from hfms_middleware.rate_limit.middleware import RateLimit, most_tokens, owner_of
+from hfms_middleware.rate_limit.middleware import TOKENS_PER_PICTURE, RateLimit, most_tokens, owner_of
 from tests.conftest import Server
 from tests.middleware.conftest import Clock, RedisServer
 
@@ -147,6 +147,16 @@ def test_what_a_call_may_come_to_counts_prompts_choices_and_answers():
     assert most(task="embed") == 100
     assert most(inputs=["文" * 10], task="embed") == 11
     assert most(inputs=[Conversation(messages=[{"role": "user", "content": "x" * 300}])], task="embed") > 100
+
+
+def test_an_image_counts_as_an_image_and_not_as_the_text_that_its_bytes_would_be():
+    def most(*pictures: Picture) -> int:
+        chat = Conversation(messages=[{"role": "user", "content": [{"type": "image"}]}], pictures=[*pictures])
+        return most_tokens(Call(id="1", model="m", task="generate", inputs=[chat]), 512)
+
+    small, large = Picture(b"x", "messages"), Picture(bytes(2**20), "messages")
+    assert most(small) == most(large) == most() + TOKENS_PER_PICTURE
+    assert most(small, large) == most() + 2 * TOKENS_PER_PICTURE
 
 
 async def test_tokens_are_set_aside_while_a_call_runs_and_settled_when_it_ends(serve, clock):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hfms_cli.errors import Forbidden
 from hfms_cli.models.catalogue import Catalogue, scan
 from hfms_cli.types import Caller
+from hfms_engines.echo import EchoEngine
 from tests.models.test_inspect import write_gguf
 
 ECHO = {"architectures": ["EchoModel"], "model_type": "echo"}
@@ -44,8 +45,8 @@ def looked(*folders: Path) -> Catalogue:
 def test_models_are_listed_by_their_place_in_the_folder_with_what_their_files_say(house):
     catalogue = looked(house)
     assert {e.id: (e.architecture, e.tasks) for e in catalogue.entries} == {
-        "small": ("EchoModel", ("generate", "embed", "score", "transcribe")),
-        "org/large": ("EchoModel", ("generate", "embed", "score", "transcribe")),
+        "small": ("EchoModel", EchoEngine.tasks),
+        "org/large": ("EchoModel", EchoEngine.tasks),
     }
     assert str(catalogue.find("org/large").name) == str(house / "org" / "large")
     assert catalogue.faults == []

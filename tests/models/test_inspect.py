@@ -106,6 +106,8 @@ def test_shards_without_their_index_are_no_model(tmp_path):
         ({"model_type": "vit", "architectures": ["ViTModel"]}, ()),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, ()),
         ({"model_type": "llama"}, ()),
+        ({"architectures": ["XForConditionalGeneration"], "vision_config": {}}, ("image-text-to-text",)),
+        ({"architectures": ["XModel"], "vision_config": {}}, ()),
     ],
 )
 def test_tasks_come_from_the_architecture(tmp_path, config, tasks):
@@ -157,7 +159,7 @@ def test_the_echo_model_has_no_weights(tmp_path):
     write_config(tmp_path, {"model_type": "echo", "architectures": ["EchoModel"]})
     card = inspect(tmp_path)
     assert (card.format, card.weights_bytes, card.weights) == ("none", 0, ())
-    assert card.tasks == ("generate", "embed", "score", "transcribe")
+    assert card.tasks == ("generate", "embed", "score", "transcribe", "image-text-to-text")
 
 
 def test_a_gguf_file_is_read_through_its_folder_and_by_its_own_path(tmp_path):

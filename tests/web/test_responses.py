@@ -209,6 +209,15 @@ def test_items_become_the_conversation_that_messages_would():
         ({"input": [{"role": "user"}]}, "input[0].content", "missing_parameter"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].image_url",
+            "invalid_image_url",
+        ),
+        (
+            {
+                "input": [
+                    {"role": "system", "content": [{"type": "input_image", "image_url": "data:image/png;base64,"}]}
+                ]
+            },
             "input[0].content[0].type",
             "unsupported_value",
         ),

@@ -163,7 +163,7 @@ async def test_models_lists_what_is_served_and_an_unknown_one_is_404_with_close_
         ),
         (
             "/v1/chat/completions",
-            CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            CHAT | {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x"}}]}]},
             "messages[0].content[0].type",
             "unsupported_value",
         ),
