@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hfms_cli import Call, TokenLogprob
+
+
+class AnyPictures(Protocol):
+    """The images of a prompt. They are looked at before it is read."""
+
+    @property
+    def seen(self) -> bool: ...
+
+    def look(self) -> None:
+        """At a piece of them."""
+
+    def beside(self, begin: int, end: int) -> Mapping[str, Any]:
+        """What a pass takes beside these tokens of the prompt."""
+        ...
 
 
 @dataclass(eq=False)
@@ -20,8 +34,8 @@ class Prompt:
     """What its answers begin with, where that was asked for."""
     scores: list[TokenLogprob] | None = None
     """Where they were asked for: of its tokens from the first on, as far as it was read."""
-    pictures: Callable[[], Mapping[str, Any]] | None = None
-    """What a pass takes beside the tokens to read it, where it has images; such a prompt is read at once and alone."""
+    pictures: AnyPictures | None = None
+    """Its images; such a prompt is read alone."""
 
     @property
     def unscored(self) -> bool:

@@ -15,7 +15,7 @@ room for it as it is. If those under way outgrow the cache, the last of them wai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfms_engines.scheduler import Event, Scheduler, Seq
 
@@ -70,6 +70,10 @@ class SlotScheduler(Scheduler):
         self._admit(most, events)
         if not self._filling:
             return
+        pictures = self._filling[0].prompt.pictures
+        if pictures is not None and not pictures.seen:
+            self._attempt(pictures.look, self._filling, events)
+            return
         began = self._clock()
         # One sequence reads each prompt, and the others that have the same copy what it has read.
         readers = self._readers(self._filling)
@@ -77,8 +81,8 @@ class SlotScheduler(Scheduler):
         family = readers + copiers
         if readers[0].prompt.unscored:  # and so alone
             most = min(most, self._score_tokens)
-        if readers[0].prompt.pictures:  # alone, too; half of an image cannot be read
-            most = readers[0].length
+        if pictures is not None and (unread := len(readers[0].prompt.ids) - readers[0].cached) > 0:
+            most = min(most, unread)  # what stands for an image in an answer is none
         width = min(most, max(s.length - s.cached for s in readers))
         pieces = [s.tokens[s.cached : s.cached + width] for s in readers]
         last = all(s.cached + len(piece) == s.length for s, piece in zip(readers, pieces, strict=True))
@@ -91,14 +95,14 @@ class SlotScheduler(Scheduler):
             tokens = [piece[:1] * n + piece for n, piece in zip(short, pieces, strict=True)]
             starts = [s.cached - n for n, s in zip(short, readers, strict=True)]
             first = len(self._rows)
-            pictures = readers[0].prompt.pictures
+            begin = readers[0].cached
             logits = self._forward(
                 readers,
                 tokens,
                 starts,
                 first=first,
                 tail=scored + last if scored else 1,
-                beside=pictures() if pictures else {},
+                beside=pictures.beside(begin, begin + width) if pictures is not None else {},
             )
             if scored:
                 scores.append(self._score_prompt(readers[0], logits[:scored]))
@@ -141,7 +145,7 @@ class SlotScheduler(Scheduler):
         *,
         first: int,
         tail: int = 1,
-        beside: Mapping[str, torch.Tensor] = {},
+        beside: Mapping[str, Any] = {},
     ) -> torch.Tensor:
         self._cache.reserve(*self._slots())
         adapters = [s.call.adapter for s in seqs]

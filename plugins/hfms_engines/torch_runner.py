@@ -285,7 +285,7 @@ class Runner:
         *,
         tail: int = 1,
         adapters: Sequence[str] = (),
-        beside: Mapping[str, torch.Tensor] = {},
+        beside: Mapping[str, Any] = {},
     ) -> torch.Tensor:
         """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
 

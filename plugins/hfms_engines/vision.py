@@ -32,11 +32,11 @@ class VisionOptions:
     max_batch: int = setting(16, "Sequences that run at once.", ge=1)
     prefill_tokens: int = setting(
         0,
-        "Prompt tokens that one step reads at most; 0: 128 on the CPU, else 512. Images are read whole.",
+        "Prompt tokens that one step reads at most; 0: 128 on the CPU, where more is not faster, else 512.",
         ge=0,
     )
     stall_seconds: float = setting(
-        STALL_SECONDS, "How long reading texts may hold up answers that are under way, each step.", ge=0
+        STALL_SECONDS, "How long reading prompts may hold up answers that are under way, each step.", ge=0
     )
     threads: int = setting(0, "Threads on the CPU; 0: one for each physical core.", ge=0)
     kv_cache_bytes: int = setting(

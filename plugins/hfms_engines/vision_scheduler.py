@@ -4,13 +4,12 @@
     read     a thread decodes the images and makes inputs of them (`beside`), and so finds out how many tokens they are
     enter    the call stands in the line as any other; all that follows is that of `slots`
 
-A prompt with images is read in one pass, and alone: half of an image cannot be read.
+Who gets a place looks at its images first, a piece in each step, and then reads its prompt. So answers that are under
+way go on meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -25,28 +24,10 @@ from hfms_engines.slots import SlotScheduler
 
 if TYPE_CHECKING:
     from hfms_engines.pictures import Bounds
-    from hfms_engines.vision_runner import Inputs, VisionRunner
+    from hfms_engines.vision_runner import Inputs, Pictures, VisionRunner
 
 KEPT_BYTES = 256 * MIB
 """Of pixels of those that wait. Others are decoded again when it is their turn: their files take a fraction of it."""
-
-
-@dataclass(eq=False)
-class Read:
-    """A prompt with images, as it was read."""
-
-    ids: list[int]
-    kept: Inputs | None
-    again: Callable[[], Inputs] = field(repr=False)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.kept or {}).values())
-
-    def inputs(self) -> Inputs:
-        """What a pass takes of it. Not kept any longer: it is asked for once, unless the call has to begin anew."""
-        inputs, self.kept = self.kept or self.again(), None
-        return inputs
 
 
 class VisionScheduler(SlotScheduler):
@@ -57,9 +38,9 @@ class VisionScheduler(SlotScheduler):
     def __init__(self, runner: VisionRunner, info: LoadedInfo, *, bounds: Bounds, **more: Any) -> None:
         super().__init__(runner, info, **more)
         self._bounds = bounds
-        self._reading: Beside[Read] = Beside("The images could not be read.", name="images")
-        self._held: WeakSet[Read] = WeakSet()
-        self._entering: Read | None = None
+        self._reading: Beside[Pictures] = Beside("The images could not be read.", name="images")
+        self._held: WeakSet[Pictures] = WeakSet()
+        self._entering: Pictures | None = None
 
     def submit(self, call: Call) -> None:
         pictures = [p for entry in call.inputs if isinstance(entry, Conversation) for p in entry.pictures]
@@ -71,22 +52,24 @@ class VisionScheduler(SlotScheduler):
         self._bounds.check(pictures)
         self._reading.wait_for(call.id, self._reading.begin(partial(self._read, chat)), partial(self._enter, call))
 
-    def _read(self, chat: Conversation) -> Read:
+    def _read(self, chat: Conversation) -> Pictures:
         """In the thread. Raises BadRequest and NoChatTemplate."""
+        from hfms_engines.vision_runner import Pictures
+
         text = self._runner.text(chat)
 
         def read() -> tuple[list[int], Inputs]:
             return self._runner.read(text, [self._bounds.decoded(picture) for picture in chat.pictures])
 
         ids, inputs = read()
-        return Read(ids, inputs, lambda: read()[1])
+        return Pictures(self._runner, ids, inputs, lambda: read()[1])
 
-    def _enter(self, call: Call, read: Read) -> None:
+    def _enter(self, call: Call, pictures: Pictures) -> None:
         """Raises what `submit` does."""
-        if read.bytes + sum(held.bytes for held in self._held) > KEPT_BYTES:
-            read.kept = None
-        self._held.add(read)
-        self._entering = read
+        if pictures.bytes + sum(others.bytes for others in self._held) > KEPT_BYTES:
+            pictures.let_go()
+        self._held.add(pictures)
+        self._entering = pictures
         try:
             super().submit(call)
         finally:
@@ -94,8 +77,7 @@ class VisionScheduler(SlotScheduler):
 
     def _prompt(self, call: Call, entry: limits.Entry) -> Prompt:
         prompt = super()._prompt(call, entry)
-        if (read := self._entering) is not None:
-            prompt.pictures = lambda: self._runner.placed(read.inputs())
+        prompt.pictures = self._entering
         return prompt
 
     def _chat(self, chat: Conversation) -> list[int]:

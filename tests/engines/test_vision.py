@@ -126,17 +126,39 @@ def test_what_is_said_is_what_transformers_generate_says(model, folder, asked):
 def test_chats_with_images_and_without_share_a_batch_and_say_what_they_say_alone(model):
     alone = {}
     for id, asked in CHATS.items():
-        model.submit(call(id, asked))
+        model.submit(call(id, asked, max_tokens=60, ignore_eos=True))
         alone[id] = drain(model).text(id)
     assert len(set(alone.values())) == len(CHATS), "an image makes a difference"
     for id, asked in CHATS.items():
-        model.submit(call(id, asked))
+        model.submit(call(id, asked, max_tokens=60, ignore_eos=True))
     answers = Answers()
     while len(answers.chunks) < len(CHATS):
         answers.take(model.step())
     assert not answers.ended, "all are under way"
     drain(model, answers)
     assert {id: answers.text(id) for id in CHATS} == alone
+
+
+def test_answers_under_way_go_on_while_images_are_looked_at_piece_by_piece(idefics_model):
+    idefics_model.submit(call("runs", chat("a"), max_tokens=100, ignore_eos=True))
+    answers = Answers()
+    while not answers.tokens("runs"):
+        answers.take(idefics_model.step())
+    idefics_model.submit(call("looks", chat([picture(), picture(seed=1)])))
+    while not answers.prompt_tokens("looks"):
+        answers.take(idefics_model.step())
+    before = answers.tokens("runs")
+    while not answers.tokens("looks"):
+        answers.take(idefics_model.step())
+    assert answers.tokens("runs") - before >= 10, "each image has five tiles"
+    drain(idefics_model, answers)
+
+
+def test_a_prompt_is_read_in_pieces_that_cut_through_its_images(idefics):
+    model = loaded(idefics, prefill_tokens=7)
+    asked = CHATS["two images"]
+    model.submit(call("a", asked))
+    assert drain(model).text("a") == generated(idefics, asked)[0]
 
 
 def test_a_seed_makes_the_same_choices_again_and_each_of_n_its_own(idefics_model):
