@@ -26,7 +26,7 @@ class Bounds:
 
     count: int
     pixels: int
-    """Of each."""
+    """Of all together."""
     bytes: int
     """Of each one's file."""
 
@@ -43,13 +43,25 @@ class Bounds:
             if len(picture.data) > self.bytes:
                 raise _too_large(f"its file has more than {self.bytes} bytes", "max_image_bytes", picture)
 
-    def decoded(self, picture: Picture) -> Any:
-        """The image as PIL has it: RGB, upright; of several frames the first. Raises BadRequest."""
+    def _too_many_pixels(self, picture: Picture) -> BadRequest:
+        return _too_large(f"a chat's images may have {self.pixels} pixels together", "max_image_pixels", picture)
+
+    def decoded(self, pictures: Sequence[Picture]) -> list[Any]:
+        """The images as PIL has them: RGB, upright; of several frames the first. Raises BadRequest."""
+        images: list[Any] = []
+        room = self.pixels
+        for picture in pictures:
+            images.append(self._decoded(picture, room))
+            room -= images[-1].width * images[-1].height
+        return images
+
+    def _decoded(self, picture: Picture, room: int) -> Any:
+        """room: pixels that it may have."""
         try:
             with Image.open(io.BytesIO(picture.data), formats=FORMATS) as image:
                 width, height = image.size
-                if width * height > self.pixels:
-                    raise _too_large(f"it has more than {self.pixels} pixels", "max_image_pixels", picture)
+                if width * height > room:
+                    raise self._too_many_pixels(picture)
                 if max(width, height) > LONGEST * min(width, height):
                     raise BadRequest(
                         f"One side of the image is more than {LONGEST} times as long as the other.",
@@ -60,7 +72,7 @@ class Bounds:
         except (BadRequest, MemoryError):
             raise
         except Image.DecompressionBombError as exc:
-            raise _too_large(f"it has more than {self.pixels} pixels", "max_image_pixels", picture) from exc
+            raise self._too_many_pixels(picture) from exc
         except Exception as exc:  # whatever a decoder stumbles over
             raise BadRequest(
                 "This is no image that can be decoded here; send PNG, JPEG, WebP or GIF, whole.",

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "PIL")
 FAMILIES = ("idefics3", "llava")
 """Whose tokens have one place each, so that they stand in our cache as those of any text do."""
-PICTURES_BYTES = 512 * MIB
-"""Pixels of those that wait, and what the model makes of the images of one call on the way."""
+KEPT_BYTES = 256 * MIB
+"""Of pixels of those that wait. Others are decoded again when it is their turn: their files take a fraction of it."""
+PIXEL_BYTES = 6
+"""Of a pixel while it is decoded and scaled."""
+TILE_BYTES = 128 * MIB
+"""What a model makes of a tile on the way."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class VisionOptions:
     """Options of `[engine.vision]`."""
 
     max_images: int = setting(8, "Images that a chat may have.", ge=1)
-    max_image_pixels: int = setting(25_000_000, "Pixels that an image may have.", ge=1, le=80_000_000)
+    max_image_pixels: int = setting(
+        50_000_000, "Pixels that the images of a chat may have together.", ge=1, le=80_000_000
+    )
     max_image_bytes: int = setting(20 * 2**20, "Longest file of an image, in bytes.", ge=1)
     max_batch: int = setting(16, "Sequences that run at once.", ge=1)
     prefill_tokens: int = setting(
@@ -81,7 +87,9 @@ class VisionEngine:
         return self.footprint(request).total
 
     def footprint(self, request: LoadRequest) -> Footprint:
-        held = torch_bytes(request) + PICTURES_BYTES
+        held = torch_bytes(request) + TILE_BYTES
+        if request.device.torch_device == "cpu":  # elsewhere images are decoded in memory that is not the device's
+            held += KEPT_BYTES + PIXEL_BYTES * self._options.max_image_pixels
         return footprint(torch_weights(request), held, cache_bytes(request, self._options.kv_cache_bytes, held))
 
     def load(self, request: LoadRequest) -> VisionScheduler:

@@ -18,16 +18,13 @@ from hfms_cli import BadRequest, Call, Conversation, LoadedInfo
 from hfms_engines import limits
 from hfms_engines.beside import Beside
 from hfms_engines.calls import Prompt
-from hfms_engines.memory import MIB
 from hfms_engines.scheduler import Event
 from hfms_engines.slots import SlotScheduler
+from hfms_engines.vision import KEPT_BYTES
 
 if TYPE_CHECKING:
     from hfms_engines.pictures import Bounds
     from hfms_engines.vision_runner import Inputs, Pictures, VisionRunner
-
-KEPT_BYTES = 256 * MIB
-"""Of pixels of those that wait. Others are decoded again when it is their turn: their files take a fraction of it."""
 
 
 class VisionScheduler(SlotScheduler):
@@ -59,7 +56,7 @@ class VisionScheduler(SlotScheduler):
         text = self._runner.text(chat)
 
         def read() -> tuple[list[int], Inputs]:
-            return self._runner.read(text, [self._bounds.decoded(picture) for picture in chat.pictures])
+            return self._runner.read(text, self._bounds.decoded(chat.pictures))
 
         ids, inputs = read()
         return Pictures(self._runner, ids, inputs, lambda: read()[1])

@@ -189,6 +189,19 @@ def test_who_has_to_begin_anew_or_was_not_kept_is_decoded_again_and_says_the_sam
     assert answers.text("low") == alone
 
 
+def test_an_answer_that_says_the_mark_of_an_image_and_begins_anew_goes_on(idefics):
+    model = loaded(idefics, max_batch=1)
+    mark = theirs(idefics)[1].image_token_id
+    model.submit(call("low", chat([picture()]), priority=0, logit_bias={mark: 100}, ignore_eos=True))
+    answers = Answers()
+    while answers.tokens("low") < 3:
+        answers.take(model.step())
+    model.submit(call("critical", chat("a"), priority=3))
+    drain(model, answers)
+    assert answers.ended == {"critical": None, "low": None}
+    assert answers.tokens("low") == 12
+
+
 def test_a_structure_and_logprobs_hold_with_an_image(idefics_model):
     structure = Structure(kind="choice", spec='["a cat", "a dog"]')
     asked = chat([picture(), "what is it?"])
@@ -266,6 +279,14 @@ def test_too_many_images_are_refused_at_once(idefics):
         model.submit(call("a", chat([picture()] * 3)))
     assert (caught.value.param, caught.value.code) == ("messages[0].content[2]", "too_many_images")
     assert not model.busy()
+
+
+def test_pixels_are_counted_of_all_images_together(idefics):
+    model = loaded_once(idefics)
+    model.submit(call("a", chat([_claims(1000, 600), _claims(1000, 401)])))
+    error = drain(model).ended["a"]
+    assert isinstance(error, BadRequest)
+    assert (error.param, error.code) == ("messages[0].content[1]", "image_too_large")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
