@@ -33,7 +33,7 @@ def ids(done) -> set[str]:
 def test_every_model_is_listed_with_what_it_is_and_what_can_run_it(discover):
     rows = {row["model"]: row for row in json.loads(discover("--json").stdout)}
     assert rows.keys() == {"talker", "llama", "far"}
-    assert rows["talker"]["tasks"] == ["generate", "embed", "score", "transcribe"]
+    assert rows["talker"]["tasks"] == ["generate", "embed", "score", "transcribe", "image-text-to-text"]
     assert (rows["talker"]["hardware"], rows["talker"]["aliases"]) == (["cpu"], ["t"])
     assert (rows["far"]["hardware"], rows["far"]["aliases"]) == (["cuda"], ["f"])
     assert rows["llama"]["architecture"] == "llama"
