@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 from PIL import Image
@@ -46,6 +48,7 @@ class VisionRunner(Runner):
 
     def text(self, chat: Conversation) -> str:
         """The prompt of a chat, with a mark where each image stands. Raises BadRequest and NoChatTemplate."""
+        # Templates of these models take parts; what has no image came as one text.
         parts = [
             message | {"content": [{"type": "text", "text": message["content"]}]}
             if isinstance(message["content"], str)
@@ -53,11 +56,8 @@ class VisionRunner(Runner):
             for message in chat.messages
         ]
 
-        def apply(messages: Any, **how: Any) -> str:
-            text: str = self.tokenizer.apply_chat_template(parts, tokenize=False, **how)
-            return text
-
-        return templated(chat, self.tokenizer.chat_template, apply)
+        apply: Callable[..., str] = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        return templated(msgspec.structs.replace(chat, messages=parts), self.tokenizer.chat_template, apply)
 
     def tokens(self, text: str) -> list[int]:
         """Of a prompt without images."""
