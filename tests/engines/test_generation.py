@@ -509,7 +509,7 @@ def test_an_empty_text_begins_with_the_vocabularys_own_beginning(model):
     ("entry", "sampling", "kind", "words", "param"),
     [
         ([], {}, BadRequest, "empty", "prompt"),
-        (Pair("a", "b"), {}, BadRequest, "pair of texts", "model"),
+        (Pair("a", "b"), {}, BadRequest, "Pairs of texts", "model"),
         ([5, 99999], {}, BadRequest, "Token 99999 is not in", "prompt"),
         ([-1], {}, BadRequest, "Token -1 is not in", "prompt"),
         ([5], {"logit_bias": {99999: 1.0}}, BadRequest, "99999", "logit_bias"),
