@@ -3,7 +3,8 @@
 A block holds the keys and values of `size` tokens. It is named by a digest of these tokens, of all before them, and of
 whose they are, so a sequence that begins as another of the same owner did shares its blocks, and reads only what is
 new. Nobody can tell by the time of an answer what others have asked. Free blocks keep their names until
-they are needed, the one that was free longest first.
+they are needed, the one that was free longest first. Before them go those without a name, the one that was used last
+first, so that memory which nobody has written to is not taken without need.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class Blocks:
             self._users[block] -= 1
             if not self._users[block]:
                 self._free[block] = None
+                if block not in self._name:
+                    self._free.move_to_end(block, last=False)
         table.blocks.clear()
         table.names.clear()
 

@@ -56,6 +56,18 @@ def test_without_sharing_nothing_is_found():
     assert blocks.open([1, 2, 3, 4, 5]).blocks == []
 
 
+def test_no_more_blocks_are_ever_written_to_than_hold_something():
+    """Memory counts once it is written to: what nobody can find is used again before what was never used."""
+    for share, most in ((False, 3), (True, 3 + 2 * 5)):  # with names, two full blocks stay of each of five before
+        blocks = Blocks(100, SIZE, share=share)
+        written: set[int] = set()
+        for i in range(6):
+            table = filled(blocks, [i] * 9)
+            written.update(table.blocks)
+            blocks.close(table)
+        assert len(written) == most
+
+
 def test_disowned_blocks_are_not_found_and_only_the_own_ones_are_returned():
     blocks = Blocks(10, SIZE)
     first = filled(blocks, [1, 2, 3, 4, 5])
