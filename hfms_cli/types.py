@@ -512,6 +512,9 @@ class LoadedInfo(Struct, frozen=True, kw_only=True):
     """Bytes that one token of one stream reads of the weights; 0: unknown."""
     template: str = ""
     """The chat template's own text; empty where there is none. It says which format calls and reasoning have."""
+    batching: str = ""
+    """How calls run together: "paged", in one cache of blocks; "slots", each in its own place; "apart", one after the
+    other, a token of each in turn; empty: unknown."""
 
 
 class AdapterCard(Struct, frozen=True, kw_only=True):

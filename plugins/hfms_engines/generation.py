@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfms_cli import Device, Footprint, LoadedInfo, LoadRequest, ModelCard, Task, setting
+from hfms_cli import Device, Footprint, LoadedInfo, LoadFailed, LoadRequest, ModelCard, Task, setting
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import cache_bytes, footprint, torch_bytes, torch_weights
 from hfms_engines.text import template_text
 
 if TYPE_CHECKING:
-    from hfms_engines.slots import SlotScheduler
+    from hfms_engines.scheduler import Scheduler
+    from hfms_engines.torch_apart import ApartRunner
+    from hfms_engines.torch_paged import PagedRunner
+    from hfms_engines.torch_runner import Runner
+
+log = logging.getLogger("hfms.engine")
 
 # A pause that a reader hardly sees.
 STALL_SECONDS = 0.2
+_NEVER = 1e9
 
 # fmt: off
-# Models with a state that is not keys and values. `load` finds out by itself; this is to say so before anything runs.
-_RECURRENT = {
-    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
-    "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen35", "qwen35moe", "qwen3_5",
-    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba",
-    "zamba2",
-}
 # GGUF architectures that transformers can unpack.
 GGUF_ARCHITECTURES = {
     "bloom", "deci", "falcon", "gemma2", "gemma3", "gemma4", "gpt-oss", "gpt2", "llama", "minimax-m2", "mistral",
@@ -52,6 +52,25 @@ class GenerationOptions:
 
     max_loras: int = setting(8, "LoRA adapters of a model that may be loaded at once.", ge=0)
     max_lora_rank: int = setting(256, "Highest rank of a LoRA adapter.", ge=1)
+
+    cache: str = setting(
+        "auto",
+        "Keys and values in blocks that prompts share (paged), or in slots; auto: blocks on GPUs, slots on the CPU.",
+        choices=("auto", "paged", "slots"),
+    )
+    prefix_cache: str = setting(
+        "key",
+        "Keep what prompts begin with for those of the same key that begin alike, for those of all keys, or not;"
+        " in blocks only.",
+        choices=("key", "all", "off"),
+    )
+
+    cuda_graphs: bool = setting(
+        True, "Replay captured passes where answers go on by a token each, on CUDA and ROCm; in blocks only."
+    )
+
+    def paged_on(self, device: Device) -> bool:
+        return self.cache == "paged" or (self.cache == "auto" and device.torch_device != "cpu")
 
     def prefill_on(self, device: Device) -> int:
         return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
@@ -82,8 +101,6 @@ class GenerationEngine:
             return f"torch cannot use {device.id}"
         if missing := missing_packages(card, self.packages):
             return f"{missing} not installed; run: pip install 'hfms[transformers]'"
-        if card.model_type in _RECURRENT:
-            return f"{card.model_type} keeps a recurrent state; this engine runs attention models"
         if card.format == "gguf" and card.model_type not in GGUF_ARCHITECTURES:
             return f"transformers cannot read {card.model_type} from GGUF"
         if card.format == "gguf" and len(card.weights) != 1:
@@ -98,35 +115,67 @@ class GenerationEngine:
         held = torch_bytes(request)
         return footprint(torch_weights(request), held, cache_bytes(request, self.options.kv_cache_bytes, held))
 
-    def load(self, request: LoadRequest) -> SlotScheduler:
+    def load(self, request: LoadRequest) -> Scheduler:
         """Raises LoadFailed, UnsafeFormat and DoesNotFit."""
         from hfms_engines import torch_runner
+        from hfms_engines.paged import PagedScheduler
         from hfms_engines.slots import SlotScheduler
+        from hfms_engines.torch_paged import PagedRunner
 
-        cache = cache_bytes(request, self.options.kv_cache_bytes, torch_bytes(request))
-        runner = torch_runner.load(
+        model = torch_runner.read(
             request,
-            cache_bytes=cache,
             threads=self.options.threads,
             max_loras=self.options.max_loras,
             max_lora_rank=self.options.max_lora_rank,
         )
-        template = template_text(runner.tokenizer)
+        cache = cache_bytes(request, self.options.kv_cache_bytes, torch_bytes(request))
+        batching, runner = self._runner(model, cache, request.device)
+        template = template_text(model.tokenizer)
         info = LoadedInfo(
             engine=self.name,
             device=request.device.id,
-            dtype=str(runner.model.dtype).removeprefix("torch."),
+            dtype=str(model.model.dtype).removeprefix("torch."),
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=self.options.max_batch,
             memory_bytes=self.estimate(request),
             chat=bool(template),
-            weights_bytes=runner.weights_bytes(),
+            weights_bytes=model.weights_bytes(),
             template=template,
+            batching=batching,
         )
-        return SlotScheduler(
-            runner,
-            info,
-            prefill_tokens=self.options.prefill_on(request.device),
-            stall_seconds=self.options.stall_seconds,
-        )
+        prefill, stall = self.options.prefill_on(request.device), self.options.stall_seconds
+        if isinstance(runner, PagedRunner):
+            share = self.options.prefix_cache == "all"
+            return PagedScheduler(runner, info, prefill_tokens=prefill, stall_seconds=stall, share=share)
+        if batching == "apart":
+            # In pieces a prompt would be read from its beginning for each of them.
+            prefill, stall = runner.context_length, _NEVER
+        return SlotScheduler(runner, info, prefill_tokens=prefill, stall_seconds=stall)
+
+    def _runner(self, runner: Runner, cache: int, device: Device) -> tuple[str, Runner | PagedRunner | ApartRunner]:
+        """The model with the best kind of cache that it runs from, and the word for it. The log says where one fails.
+
+        cache: bytes. Raises LoadFailed and DoesNotFit.
+        """
+        from hfms_engines.torch_apart import ApartRunner
+        from hfms_engines.torch_paged import PagedRunner
+        from hfms_engines.torch_runner import in_slots
+
+        try:
+            in_slots(runner, cache)
+        except LoadFailed as exc:
+            apart = ApartRunner(runner, cache_bytes=cache)
+            log.warning(
+                "%s No batch takes it: its calls run one after the other, a token of each in turn.", exc.message
+            )
+            return "apart", apart
+        if not self.options.paged_on(device):
+            return "slots", runner
+        options = self.options
+        try:
+            share = options.prefix_cache != "off"
+            return "paged", PagedRunner(runner, tokens=runner.cache.budget, share=share, graphs=options.cuda_graphs)
+        except LoadFailed as exc:
+            log.warning("%s It runs in slots instead.", exc.message)
+            return "slots", runner

@@ -195,6 +195,7 @@ class OpenVinoEngine:
             quality=quality_of(folder),
             weights_bytes=_read_bytes(folder, request.card, quantize, runner.precision),
             template=template,
+            batching="paged",
         )
         return PagedScheduler(
             runner,

@@ -15,12 +15,12 @@ of those under way waits again and later reads again what is not kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from hfms_engines.blocks import Table
-from hfms_engines.scheduler import Event, Scheduler, Seq
+from hfms_engines.blocks import Blocks, Table
+from hfms_engines.scheduler import AnyRunner, Event, Scheduler, Seq
 from hfms_engines.speculate import Drafter, Guesser
 
 if TYPE_CHECKING:
@@ -33,6 +33,25 @@ log = logging.getLogger("hfms.engine")
 
 # Guessed tokens of one pass. While there are few rows, more of them cost next to nothing: the weights are read anyway.
 _GUESSES = 8
+
+
+class PagedModel(AnyRunner, Protocol):
+    """A model with a paged cache: `openvino_runner` and `torch_paged` have one each, and `forward` is told of there."""
+
+    blocks: Blocks
+
+    def forward(
+        self,
+        pieces: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        tails: Sequence[int],
+        adapters: Sequence[str] = (),
+    ) -> torch.Tensor: ...
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Remove what blocks hold that is not finite."""
 
 
 @dataclass
@@ -57,11 +76,11 @@ class PagedScheduler(Scheduler):
     there before says nothing. share: whether prompts of different keys may share blocks.
     """
 
-    _runner: Runner
+    _runner: PagedModel
 
     def __init__(
         self,
-        runner: Runner,
+        runner: PagedModel,
         info: LoadedInfo,
         *,
         prefill_tokens: int,

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     import torch
 
     from hfms_cli import LoadedInfo
+    from hfms_engines.torch_apart import ApartRunner
     from hfms_engines.torch_runner import Runner
 
 
 class SlotScheduler(Scheduler):
-    """A loaded model whose cache comes in slots."""
+    """A loaded model whose cache comes in slots, or that keeps a state for each."""
 
-    _runner: Runner
+    _runner: Runner | ApartRunner
 
-    def __init__(self, runner: Runner, info: LoadedInfo, *, prefill_tokens: int, stall_seconds: float) -> None:
+    def __init__(
+        self, runner: Runner | ApartRunner, info: LoadedInfo, *, prefill_tokens: int, stall_seconds: float
+    ) -> None:
         super().__init__(runner, info, prefill_tokens=prefill_tokens, stall_seconds=stall_seconds)
         self._cache = runner.cache
         self._filling: list[Seq] = []

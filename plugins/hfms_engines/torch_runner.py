@@ -36,7 +36,7 @@ from hfms_engines.lora_torch import Changes
 from hfms_engines.machine import physical_cores
 from hfms_engines.text import decoder_of
 
-__all__ = ["Runner", "SlotCache", "load"]
+__all__ = ["Model", "Runner", "SlotCache", "in_slots", "inference", "load", "read"]
 
 # The cache grows by so many tokens at a time, so that it is not copied for every token.
 BLOCK = 256
@@ -45,7 +45,7 @@ BLOCK = 256
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _inference(work: F) -> F:
+def inference(work: F) -> F:
     """Run `work` without gradients. What is made in this mode can be changed in this mode only."""
     wrapped: F = torch.inference_mode()(work)
     return wrapped
@@ -171,7 +171,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """One number where all rows stand at the same position, else [rows, 1, 1, 1], which `_by_row` knows."""
         return self.at.starts[0] if self.at.level else self.at.offsets[:, None, None, None]
 
-    @_inference
+    @inference
     def copy(self, source: int, target: int, length: int) -> None:
         """Make slot `target` hold what slot `source` holds; both lie in what was reserved."""
         if source == target:
@@ -179,7 +179,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         for stored in self._stored():
             stored[target, :, :length] = stored[source, :, :length]
 
-    @_inference
+    @inference
     def wipe(self, slot: int) -> None:
         """Remove values that are not finite, which would spoil the next sequence in this slot."""
         for stored in self._stored():
@@ -239,8 +239,8 @@ def _teach_masks() -> None:
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-class Runner:
-    """A model and its tokenizer, ready to run."""
+class Model:
+    """A model and its tokenizer on their device. How keys and values are kept is for those derived from it to say."""
 
     engine = "transformers"
     family: Any = transformers.AutoModelForCausalLM
@@ -264,7 +264,6 @@ class Runner:
         """Text of tokens, special ones left out."""
         self.device = device
         self.context_length = context_length
-        self.cache = SlotCache()
         self.changes = Changes(model, most=max_loras, most_rank=max_lora_rank)
         """LoRA adapters."""
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
@@ -276,41 +275,37 @@ class Runner:
         self._cache_name = "cache" if "cache" in known or "past_key_values" not in known else "past_key_values"
         self._keeps = "logits_to_keep" in known
 
-    @_inference
-    def forward(
-        self,
-        tokens: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        first: int = 0,
-        *,
-        tail: int = 1,
-        adapters: Sequence[str] = (),
-        beside: Mapping[str, Any] = {},
-    ) -> torch.Tensor:
-        """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
+    def take(self, model: Model) -> None:
+        """Be this model, which then is nobody else's."""
+        vars(self).update(vars(model))
 
-        tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
-        adapters: the id of each row's, empty for the model as it is; without any, all are.
-        beside: what else the model takes for these tokens.
-        Returns [rows * tail, vocabulary] float32.
+    def run(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: Cache, tail: int, beside: Mapping[str, Any] = {}
+    ) -> torch.Tensor:
+        """The logits of each row's last `tail` tokens, [rows, tail, vocabulary].
+
+        ids, positions: [rows, tokens]. beside: what else the model takes for these tokens.
         """
-        self.changes.choose(adapters)
-        self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
-        ids = torch.tensor(tokens, device=self.device)
-        cache = {self._cache_name: self.cache}
-        keep = {"logits_to_keep": tail} if self._keeps else {}
-        out = self.model(input_ids=ids, position_ids=self.cache.at.positions, use_cache=True, **cache, **keep, **beside)
-        return out.logits[:, -tail:].flatten(0, 1).float()
+        more = {self._cache_name: cache} | ({"logits_to_keep": tail} if self._keeps else {})
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=True, **more, **beside)
+        logits: torch.Tensor = out.logits[:, -tail:]
+        return logits
+
+    def limit_context(self, cache_bytes: int, token_bytes: int, *, least: int) -> None:
+        """A text is no longer than what the cache holds, in steps of `least` tokens. Raises DoesNotFit below that."""
+        budget = cache_bytes // token_bytes
+        if budget < least:
+            raise DoesNotFit(
+                f"A cache of {cache_bytes} bytes holds {budget} tokens of this model, and {least} are the least;"
+                f" set [engine.{self.engine}] kv_cache_bytes, or free memory."
+            )
+        # One sequence alone must always fit.
+        self.context_length = min(self.context_length, budget // least * least)
 
     def weights_bytes(self) -> int:
         """Bytes of parameters and buffers."""
         held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(held.values())
-
-    def release(self) -> None:
-        """Give the cache's memory back to the device."""
-        self.cache.release()
-        self.trim()
 
     def trim(self) -> None:
         """Give memory back that torch keeps for its next allocations."""
@@ -333,7 +328,7 @@ class Runner:
     def is_lost(exc: BaseException) -> bool:
         """Whether the device is in a state that only a new process can leave."""
         # torch before 2.8 has no class for this.
-        return isinstance(exc, getattr(torch, "AcceleratorError", ())) and not Runner.is_out_of_memory(exc)
+        return isinstance(exc, getattr(torch, "AcceleratorError", ())) and not Model.is_out_of_memory(exc)
 
     def is_same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         """Whether logits differ by no more than rounding makes them."""
@@ -341,7 +336,43 @@ class Runner:
         # Experts may be chosen otherwise where two are equally good, so half precision is let stray.
         return error < (0.01 if self.model.dtype == torch.float32 else 0.2)
 
-    @_inference
+
+class Runner(Model):
+    """A model with a cache in slots."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.cache = SlotCache()
+
+    @inference
+    def forward(
+        self,
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        first: int = 0,
+        *,
+        tail: int = 1,
+        adapters: Sequence[str] = (),
+        beside: Mapping[str, Any] = {},
+    ) -> torch.Tensor:
+        """Run the rows in slots `first` and up, and return the logits of each row's last `tail` tokens.
+
+        tokens: [rows, tokens], as many for each row; starts: each row's position in its slot, below 0 as `_Place` says.
+        adapters: the id of each row's, empty for the model as it is; without any, all are.
+        beside: what else the model takes for these tokens.
+        Returns [rows * tail, vocabulary] float32.
+        """
+        self.changes.choose(adapters)
+        self.cache.at = _Place(first, starts, len(tokens[0]), self.device)
+        ids = torch.tensor(tokens, device=self.device)
+        return self.run(ids, self.cache.at.positions, self.cache, tail, beside).flatten(0, 1).float()
+
+    def release(self) -> None:
+        """Give the cache's memory back to the device."""
+        self.cache.release()
+        self.trim()
+
+    @inference
     def prove(self) -> None:
         """Refuse a model that answers otherwise from our cache than without one. Also warms it up.
 
@@ -395,39 +426,61 @@ def load(
     max_lora_rank: int = 0,
     kind: type[Runner] = Runner,
 ) -> Runner:
-    """Load a model that keeps its state in keys and values only.
+    """A model that keeps its state in keys and values only, in slots. See `read` and `in_slots`."""
+    runner = read(request, threads=threads, max_loras=max_loras, max_lora_rank=max_lora_rank, kind=kind)
+    in_slots(runner, cache_bytes)
+    return runner
 
-    cache_bytes: for keys and values of all running sequences. threads: on the CPU; 0: one for each physical core.
-    max_loras, max_lora_rank: how many adapters it may have at once, and of what rank. kind: of runner.
+
+def read(
+    request: LoadRequest,
+    *,
+    threads: int = 0,
+    max_loras: int = 0,
+    max_lora_rank: int = 0,
+    kind: type[Runner] = Runner,
+) -> Runner:
+    """Read a model onto its device.
+
+    threads: on the CPU; 0: one for each physical core. max_loras, max_lora_rank: how many adapters it may have at once,
+    and of what rank. kind: of runner.
     Raises LoadFailed, UnsafeFormat and DoesNotFit.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads or physical_cores())
     _teach_masks()
-    try:
-        with _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext():
-            runner = _load(request, kind, max_loras, max_lora_rank)
+    with (
+        short_of_memory(request.device.name),
+        _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext(),
+    ):
+        return _read(request, kind, max_loras, max_lora_rank)
+
+
+def in_slots(runner: Runner, cache_bytes: int) -> None:
+    """Give a model's slots so many bytes. Raises LoadFailed where it cannot run from them, and DoesNotFit."""
+    if reason := _keeps_more(runner.model.config, runner.family):
+        raise LoadFailed(reason)
+    with short_of_memory(str(runner.device)):
         runner.prove()
-    except Exception as exc:
-        if Runner.is_out_of_memory(exc):
-            raise DoesNotFit(f"The model needs more memory than {request.device.name} has free.") from exc
-        raise
     token_bytes = runner.cache.token_bytes()
     runner.release()
-    budget = cache_bytes // token_bytes
-    if budget < BLOCK:
-        raise DoesNotFit(
-            f"A cache of {cache_bytes} bytes holds {budget} tokens of this model, and {BLOCK} are the least;"
-            f" set [engine.{kind.engine}] kv_cache_bytes, or free memory."
-        )
-    runner.cache.budget = budget
-    # One sequence alone must always fit.
-    runner.context_length = min(runner.context_length, budget // BLOCK * BLOCK)
-    return runner
+    runner.cache.budget = cache_bytes // token_bytes
+    runner.limit_context(cache_bytes, token_bytes, least=BLOCK)
 
 
-def _load(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_rank: int) -> Runner:
+@contextlib.contextmanager
+def short_of_memory(device: str) -> Iterator[None]:
+    """Say that the model does not fit, where memory runs out."""
+    try:
+        yield
+    except Exception as exc:
+        if Model.is_out_of_memory(exc):
+            raise DoesNotFit(f"The model needs more memory than {device} has free.") from exc
+        raise
+
+
+def _read(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_rank: int) -> Runner:
     card, folder = request.card, str(Path(request.folder))
     device = torch.device(request.device.torch_device or "cpu")
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
@@ -447,7 +500,7 @@ def _load(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_ran
     except (LoadFailed, ConfigError):
         raise
     except Exception as exc:
-        if Runner.is_out_of_memory(exc):
+        if Model.is_out_of_memory(exc):
             raise
         if card.remote_code and not request.trust_remote_code:
             raise UnsafeFormat(
@@ -483,21 +536,26 @@ def context_length(config: Any, tokenizer: Any, told: int) -> int:
 
 
 def _why_not(config: Any, family: Any) -> str | None:
-    """Why a model with this configuration cannot run from a cache of keys and values alone, or None."""
+    """Why a model with this configuration cannot run, or None."""
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; this engine runs decoders."
     known = family._model_mapping
     if type(config) not in known and family.__name__ not in (getattr(config, "auto_map", None) or {}):
         return f"transformers has no {family.__name__.removeprefix('Auto')} of type {name}."
+    return None
+
+
+def _keeps_more(config: Any, family: Any) -> str | None:
+    """Why a model with this configuration cannot run from keys and values alone, or None."""
+    name = config.model_type
+    known = family._model_mapping
     if type(config) in known and getattr(known[type(config)], "_is_stateful", False):
-        return f"{name} keeps a recurrent state, which cannot be kept in slots; this engine runs attention models."
+        return f"{name} keeps a recurrent state."
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in plain:
-            return (
-                f"{name} keeps more than keys and values ({type(layer).__name__}); this engine runs attention models."
-            )
+            return f"{name} keeps more than keys and values ({type(layer).__name__})."
     return None
 
 

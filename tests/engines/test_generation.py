@@ -30,6 +30,7 @@ from hfms_cli import (
 )
 from hfms_engines import memory
 from hfms_engines.generation import GGUF_ARCHITECTURES, GenerationEngine, GenerationOptions
+from hfms_engines.scheduler import Scheduler
 from hfms_engines.slots import SlotScheduler
 
 # Before torch, whose environment it sets.
@@ -62,7 +63,7 @@ def load(folder: Path, *, device: Device = CPU, dtype: str = "auto", about: Mode
     return GenerationEngine(GenerationOptions(**options)).load(request)
 
 
-def expected(model: SlotScheduler, prompt: list[int], new: int) -> list[int]:
+def expected(model: Scheduler, prompt: list[int], new: int) -> list[int]:
     """What transformers' own `generate` makes of a prompt."""
     ids = torch.tensor([prompt], device=model._runner.device)
     out = model._runner.model.generate(
@@ -71,8 +72,14 @@ def expected(model: SlotScheduler, prompt: list[int], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.fixture(scope="module", params=["slots", "paged"])
+def model(request, llama) -> Scheduler:
+    """With either kind of cache. Shared, so tests leave it idle."""
+    return load(llama, max_batch=4, prefill_tokens=7, cache=request.param, kv_cache_bytes=2**22)
+
+
 @pytest.fixture(scope="module")
-def model(llama) -> SlotScheduler:
+def slots(llama) -> SlotScheduler:
     """Shared, so tests leave it idle."""
     return load(llama, max_batch=4, prefill_tokens=7)
 
@@ -85,7 +92,7 @@ def smol(smollm2) -> SlotScheduler:
 # --- the same tokens as transformers ---
 
 
-def check_equality(model: SlotScheduler, made, *, lengths=(3, 11, 25, 9, 40), new=20) -> None:
+def check_equality(model: Scheduler, made, *, lengths=(3, 11, 25, 9, 40), new=20) -> None:
     """Alone, then with others that join while it runs and leave while others run, then with all that come at once."""
     some = prompts(*lengths)
     wanted = [expected(model, p, new + i) for i, p in enumerate(some)]
@@ -135,7 +142,7 @@ def test_smollm2_answers_a_chat(smol):
 def test_a_gpu_makes_the_tokens_that_generate_makes_on_it(name, tmp_path, made):
     gpu = Device(id="cuda:0", kind="cuda", name="gpu", total_bytes=2**33, free_bytes=2**32, torch_device="cuda:0")
     folder = tiny.save(tmp_path, tiny.ARCHITECTURES[name]())
-    check_equality(load(folder, device=gpu, dtype="float32", max_batch=4, prefill_tokens=24), made)
+    check_equality(load(folder, device=gpu, dtype="float32", cache="slots", max_batch=4, prefill_tokens=24), made)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -308,11 +315,11 @@ def test_the_cache_returns_exactly_what_each_slot_was_given(happenings):
         assert cache.room[0] * cache.room[1] <= cache.budget
 
 
-def test_an_idle_model_holds_no_cache(model):
-    ask(model, [5, 6, 7])
-    assert not model.busy()
-    assert model._cache.room == (0, 0)
-    assert list(model._cache.layers) == []
+def test_an_idle_model_holds_no_slots(slots):
+    ask(slots, [5, 6, 7])
+    assert not slots.busy()
+    assert slots._cache.room == (0, 0)
+    assert list(slots._cache.layers) == []
 
 
 def test_calls_beyond_the_slots_wait_in_order(model):
@@ -450,27 +457,27 @@ def test_choices_are_numbered_by_input_and_answer_and_prompts_are_counted_once(m
 
 
 @pytest.fixture
-def passes(model, monkeypatch) -> list[tuple[int, int]]:
+def passes(slots, monkeypatch) -> list[tuple[int, int]]:
     """Rows and tokens of each forward pass."""
     seen = []
-    forward = model._runner.forward
+    forward = slots._runner.forward
 
     def watched(tokens, starts, first=0, **rest):
         seen.append((len(tokens), len(tokens[0])))
         return forward(tokens, starts, first, **rest)
 
-    monkeypatch.setattr(model._runner, "forward", watched)
+    monkeypatch.setattr(slots._runner, "forward", watched)
     return seen
 
 
-def test_choices_of_one_prompt_read_it_once(model, passes):
-    answers = ask(model, prompts(20)[0], n=4, max_tokens=3, ignore_eos=True)
+def test_choices_of_one_prompt_read_it_once(slots, passes):
+    answers = ask(slots, prompts(20)[0], n=4, max_tokens=3, ignore_eos=True)
     assert passes == [(1, 7), (1, 7), (1, 6), (4, 1), (4, 1)]
     assert len({answers.text("a", i) for i in range(4)}) == 1
 
 
-def test_short_prompts_are_read_together_and_not_beyond_prefill_tokens(model, passes):
-    ask(model, *prompts(2, 3, 2, 2), max_tokens=2, ignore_eos=True)
+def test_short_prompts_are_read_together_and_not_beyond_prefill_tokens(slots, passes):
+    ask(slots, *prompts(2, 3, 2, 2), max_tokens=2, ignore_eos=True)
     assert passes == [(2, 3), (2, 1), (2, 2), (2, 1)]
 
 
@@ -570,8 +577,10 @@ def test_a_conversation_needs_a_chat_template(tmp_path):
 # --- faults ---
 
 
-def test_a_call_whose_numbers_break_fails_alone_and_leaves_no_trace_in_its_slot(tmp_path, made):
-    model = load(tiny.save(tmp_path, tiny.ARCHITECTURES["llama"]()), max_batch=4, prefill_tokens=7)
+@pytest.mark.parametrize("cache", ["slots", "paged"])
+def test_a_call_whose_numbers_break_fails_alone_and_leaves_no_trace_in_its_place(cache, tmp_path, made):
+    folder = tiny.save(tmp_path, tiny.ARCHITECTURES["llama"]())
+    model = load(folder, max_batch=4, prefill_tokens=7, cache=cache, kv_cache_bytes=2**22)
     kept = prompts(50)[0]  # longer than what breaks, so that what broke stays in view
     wanted = expected(model, kept, 40)
     with torch.no_grad():
@@ -591,10 +600,10 @@ def break_forward(model, monkeypatch, when, error):
     """Let the forward pass raise, as a device does, where `when(tokens)`."""
     forward = model._runner.forward
 
-    def breaking(tokens, starts, first=0, **rest):
+    def breaking(tokens, *args, **rest):
         if when(tokens):
             raise error
-        return forward(tokens, starts, first, **rest)
+        return forward(tokens, *args, **rest)
 
     monkeypatch.setattr(model._runner, "forward", breaking)
 
@@ -621,7 +630,7 @@ def test_when_memory_runs_out_the_newest_fails_and_the_rest_goes_on(model, made,
 def test_a_prompt_too_large_for_memory_fails_alone(model, made, monkeypatch):
     kept = prompts(5)[0]
     wanted = expected(model, kept, 20)
-    break_forward(model, monkeypatch, lambda tokens: len(tokens[0]) == 6, torch.OutOfMemoryError())
+    break_forward(model, monkeypatch, lambda tokens: any(len(t) == 6 for t in tokens), torch.OutOfMemoryError())
     model.submit(call("kept", kept, max_tokens=20))
     model.step()
     model.submit(call("large", prompts(6)[0]))
@@ -723,7 +732,6 @@ def test_an_estimate_counts_weights_as_they_are_loaded(about, dtype, device, wei
         ({"tasks": ("embed",)}, "cpu", "does not generate"),
         ({"format": "none"}, "cpu", "no weights"),
         ({}, None, "torch cannot use"),
-        ({"model_type": "mamba"}, "cpu", "recurrent"),
         ({"format": "gguf", "model_type": "rwkv7"}, "cpu", "cannot read rwkv7 from GGUF"),
         ({"format": "gguf", "weights": ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf")}, "cpu", "one file"),
     ],
@@ -752,14 +760,12 @@ def test_the_gguf_architectures_are_those_that_transformers_unpacks():
 @pytest.mark.parametrize(
     ("model_type", "more", "words"),
     [
-        ("mamba", {}, "recurrent state"),
-        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "LinearAttentionLayer"),
-        ("bert", {"is_decoder": False, "attn_implementation": "eager"}, "cannot run in a batch"),
+        ("rwkv", {"attention_hidden_size": 32}, "cache of transformers' own|token by token"),
+        ("recurrent_gemma", {"lru_width": 32, "attention_window_size": 16}, "beside other sequences"),
+        ("bert", {"is_decoder": False, "attn_implementation": "eager"}, "token by token"),
     ],
 )
-def test_a_model_that_keys_and_values_do_not_carry_is_refused_and_not_answered_wrongly(
-    tmp_path, model_type, more, words
-):
+def test_a_model_that_no_cache_carries_is_refused_and_not_answered_wrongly(tmp_path, model_type, more, words):
     folder = tiny.save(tmp_path, tiny._config(model_type, **more)())
     with pytest.raises(LoadFailed, match=words):
         load(folder)

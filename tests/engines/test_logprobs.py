@@ -23,7 +23,7 @@ from tests.engines import tiny
 from tests.engines.driving import CPU, Answers, call, drain, prompts
 from tests.engines.test_openvino import card, converted, scheduler
 
-ENGINES = ["transformers", "openvino"]
+ENGINES = ["slots", "paged", "openvino"]
 
 
 @pytest.fixture(params=ENGINES)
@@ -32,7 +32,9 @@ def model(request, llama, export):
     if request.param == "openvino":
         return scheduler(export, prefill_tokens=24)
     asked = LoadRequest(folder=llama, card=card(llama), device=CPU)
-    return GenerationEngine(GenerationOptions(max_batch=4, prefill_tokens=7)).load(asked)
+    return GenerationEngine(
+        GenerationOptions(max_batch=4, prefill_tokens=7, cache=request.param, kv_cache_bytes=2**24)
+    ).load(asked)
 
 
 def asked(id: str, prompt, *, n: int = 1, echo: bool = False, **sampling):

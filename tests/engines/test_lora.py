@@ -56,11 +56,15 @@ def paged(folder, *, dtype: str = "float32", max_loras: int = 4) -> PagedSchedul
     return PagedScheduler(runner, made.info, prefill_tokens=24, stall_seconds=60)
 
 
-@pytest.fixture(params=["transformers", "openvino"])
+def on_torch(folder, cache: str):
+    return test_generation.load(folder, cache=cache, kv_cache_bytes=2**22, max_loras=4, max_lora_rank=8)
+
+
+@pytest.fixture(params=["slots", "paged", "openvino"])
 def model(request, llama):
     """A loaded model with room for four adapters."""
-    if request.param == "transformers":
-        return test_generation.load(llama, max_loras=4, max_lora_rank=8)
+    if request.param != "openvino":
+        return on_torch(llama, request.param)
     return paged(request.getfixturevalue("export"))
 
 
@@ -117,8 +121,9 @@ def test_quantised_weights_are_changed_too(quantize, llama, adapters, tmp_path, 
     assert made["with", 0] != made["without", 0]
 
 
-def test_blocks_are_never_shared_between_adapters(export, adapters, made):
-    model = paged(export)
+@pytest.mark.parametrize("engine", ["transformers", "openvino"])
+def test_blocks_are_never_shared_between_adapters(engine, llama, export, adapters, made):
+    model = on_torch(llama, "paged") if engine == "transformers" else paged(export)
     model.add_adapter(peft_adapters.read(adapters["plain"], "one"))
     model.add_adapter(peft_adapters.read(adapters["attention"], "two"))
     prompt = prompts(100)[0]

@@ -37,7 +37,7 @@ SLOW = {"type": "integer", "multipleOf": 999_983}
 """What llguidance works on for ten seconds."""
 
 
-def load(folder: Path, engine: str, cache: Path, **options):
+def load(folder: Path, engine: str, conversions: Path, **options):
     config = json.loads((folder / "config.json").read_text())
     card = ModelCard(
         format="safetensors",
@@ -49,7 +49,9 @@ def load(folder: Path, engine: str, cache: Path, **options):
     )
     request = LoadRequest(folder=folder, card=card, device=CPU, dtype="float32")
     if engine == "openvino":
-        return OpenVinoEngine(OpenVinoOptions(cache_dir=str(cache), kv_cache_bytes=2**24, **options)).load(request)
+        return OpenVinoEngine(OpenVinoOptions(cache_dir=str(conversions), kv_cache_bytes=2**24, **options)).load(
+            request
+        )
     return GenerationEngine(GenerationOptions(**options)).load(request)
 
 
@@ -63,12 +65,13 @@ def conversions(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("conversions")
 
 
-@pytest.fixture(scope="module", params=["transformers", "openvino"])
+@pytest.fixture(scope="module", params=["transformers", "paged", "openvino"])
 def model(request, llama, conversions):
     """Shared, so tests leave it idle."""
     if request.param == "openvino":
         pytest.importorskip("openvino")
-    loaded = load(llama, request.param, conversions, max_batch=8)
+    paged = {"cache": "paged", "kv_cache_bytes": 2**24} if request.param == "paged" else {}
+    loaded = load(llama, request.param, conversions, max_batch=8, **paged)
     yield loaded
     loaded.close()
 

@@ -127,3 +127,46 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma4": _config("gemma4_text", num_kv_shared_layers=1, layer_types=SLIDING_AND_FULL, sliding_window=6),
     "llama4": _config("llama4_text", num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=32),
 }
+
+_STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+RECURRENT: dict[str, Callable[[], Any]] = {
+    "mamba": _config("mamba"),
+    "mamba2": _config("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1),
+    "falcon_mamba": _config("falcon_mamba"),
+    "falcon_h1": _config("falcon_h1", mamba_d_ssm=64, **_STATES),
+    "bamba": _config("bamba", attn_layer_indices=[1], **_STATES),
+    "granitemoehybrid": _config(
+        "granitemoehybrid",
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=32,
+        **_STATES,
+    ),
+    "jamba": _config(
+        "jamba",
+        mamba_dt_rank=8,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+    ),
+    "lfm2": _config("lfm2", layer_types=["conv", "full_attention", "conv"]),
+    "qwen3_5": _config("qwen3_5_text", **_LINEAR),
+    "qwen3_next": _config(
+        "qwen3_next",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        **_LINEAR,
+    ),
+}
+"""Models with a state that is not keys and values."""
