@@ -119,7 +119,7 @@ class Replica:
             seconds=round(self.load_seconds, 2),
             phases=self.phases.seconds(),
             pid=self._host.pid,
-            **self._precision(self._host.info),
+            **self._how(self._host.info),
         )
         if not self._first_load.done():
             self._first_load.set_result(None)
@@ -158,10 +158,11 @@ class Replica:
         return {"model": self.model, "replica": self.number}
 
     @staticmethod
-    def _precision(info: LoadedInfo) -> dict[str, Any]:
-        """What the model runs in, and what that has cost where it was measured."""
+    def _how(info: LoadedInfo) -> dict[str, Any]:
+        """What the model runs in, what that has cost where it was measured, and how calls run together."""
         quality = {} if info.quality is None else {"quality": to_builtins(info.quality)}
-        return {"dtype": info.dtype, "quantize": info.quantize, **quality}
+        batching = {"batching": info.batching} if info.batching else {}
+        return {"dtype": info.dtype, "quantize": info.quantize, **quality, **batching}
 
     async def close(self) -> None:
         """End the process, and keep it ended. All of its memory is free afterwards."""
@@ -181,7 +182,7 @@ class Replica:
             row |= {
                 "engine": host.info.engine,
                 "device": host.info.device,
-                **self._precision(host.info),
+                **self._how(host.info),
                 "tasks": list(host.info.tasks),
                 "context_length": host.info.context_length,
                 "pid": host.pid,

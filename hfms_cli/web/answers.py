@@ -403,6 +403,9 @@ class ReplicaState(Struct, kw_only=True):
     dtype: str | UnsetType = UNSET
     quantize: Quantize | UnsetType = UNSET
     quality: Quality | UnsetType = UNSET
+    batching: str | UnsetType = UNSET
+    """How calls run together: `paged`, in one cache of blocks; `slots`, each in a place of its own; `apart`, one after
+    the other, a token of each in turn."""
     tasks: list[Task] | UnsetType = UNSET
     context_length: int | UnsetType = UNSET
     pid: int | UnsetType = UNSET
