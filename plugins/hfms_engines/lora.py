@@ -50,7 +50,7 @@ class Adapters:
     """Those that a model has now.
 
     layers: the linear layers that can be changed, by their names, with their shapes. most: how many adapters there may
-    be at once; most_rank: of each. option: the settings that say so, for people.
+    be at once; most_rank: of each. option: the settings that say so, for people; empty: there are none.
     """
 
     def __init__(self, layers: Mapping[str, Shape], *, most: int, most_rank: int, option: str) -> None:
@@ -72,6 +72,8 @@ class Adapters:
         """Take an adapter; False where it is there already. Raises BadRequest where it does not fit."""
         if adapter.id in self._held:
             return False
+        if not self._option:
+            raise _bad("cannot be loaded: as this model is run, it takes none")
         if not self._most:
             raise _bad(f"cannot be loaded: this model was loaded without room for adapters ({self._option} max_loras)")
         if len(self._held) >= self._most:

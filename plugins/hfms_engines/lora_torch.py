@@ -33,8 +33,8 @@ def linear_layers(model: Any) -> dict[str, Shape]:
 class Changes:
     """The adapters of a model, and how they get into its passes."""
 
-    def __init__(self, model: Any, *, most: int, most_rank: int) -> None:
-        self.adapters = Adapters(linear_layers(model), most=most, most_rank=most_rank, option="[engine.transformers]")
+    def __init__(self, model: Any, *, most: int, most_rank: int, option: str) -> None:
+        self.adapters = Adapters(linear_layers(model), most=most, most_rank=most_rank, option=option)
         self._model = model
         self._hooks: list[Any] = []
         self._hidden: torch.Tensor | None = None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from hfms_cli import Adapter, BadRequest, DoesNotFit, LoadFailed
+from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines.lora_torch import Changes
 from hfms_engines.torch_runner import Model, inference, short_of_memory
 
@@ -72,17 +72,6 @@ class States:
         self._held.clear()
 
 
-class _NoChanges(Changes):
-    """No adapters: some of these models read the weights of their layers past the layers, and would leave them out."""
-
-    def add(self, adapter: Adapter) -> None:
-        raise BadRequest(
-            "This adapter cannot be loaded: this model runs without batches, and takes none.",
-            param="lora_path",
-            code="invalid_adapter",
-        )
-
-
 class ApartRunner(Model):
     """A model that `torch_runner` has read, one sequence after the other.
 
@@ -91,7 +80,8 @@ class ApartRunner(Model):
 
     def __init__(self, model: Model, *, cache_bytes: int) -> None:
         self.take(model)
-        self.changes = _NoChanges(model.model, most=0, most_rank=0)
+        # Some of these models read the weights of their layers past the layers, and would leave adapters out.
+        self.changes = Changes(model.model, most=0, most_rank=0, option="")
         self.cache = States()
         with short_of_memory(str(self.device)):
             self._prove()

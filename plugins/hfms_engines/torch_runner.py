@@ -243,6 +243,8 @@ class Model:
     """A model and its tokenizer on their device. How keys and values are kept is for those derived from it to say."""
 
     engine = "transformers"
+    adapters = "[engine.transformers]"
+    """The options that say how many LoRA adapters there may be; empty: it takes none."""
     family: Any = transformers.AutoModelForCausalLM
     """Which of transformers' models it takes."""
     reader: Any = transformers.AutoTokenizer
@@ -264,7 +266,7 @@ class Model:
         """Text of tokens, special ones left out."""
         self.device = device
         self.context_length = context_length
-        self.changes = Changes(model, most=max_loras, most_rank=max_lora_rank)
+        self.changes = Changes(model, most=max_loras, most_rank=max_lora_rank, option=self.adapters)
         """LoRA adapters."""
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.stop_ids = stop_ids(getattr(model, "generation_config", None), tokenizer)

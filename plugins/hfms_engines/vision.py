@@ -112,6 +112,7 @@ class VisionEngine:
             tasks=self.tasks,
             context_length=runner.context_length,
             max_batch=options.max_batch,
+            batching="slots",
             memory_bytes=self.estimate(request),
             chat=bool(template),
             weights_bytes=runner.weights_bytes(),

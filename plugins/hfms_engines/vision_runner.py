@@ -33,6 +33,7 @@ class VisionRunner(Runner):
     """A model with its processor, which is transformers' name for a tokenizer and an image processor together."""
 
     engine = "vision"
+    adapters = ""
     family = transformers.AutoModelForImageTextToText
     reader = transformers.AutoProcessor
 

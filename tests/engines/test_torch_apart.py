@@ -138,5 +138,5 @@ def test_what_states_take_is_known_and_bounds_the_text_and_the_batch(model, tmp_
 
 def test_adapters_are_refused_by_name(model):
     card = AdapterCard(r=2, lora_alpha=2, target_modules=["in_proj"])
-    with pytest.raises(BadRequest, match="runs without batches, and takes none"):
+    with pytest.raises(BadRequest, match="as this model is run, it takes none"):
         model.add_adapter(Adapter("one", "/nowhere", card))

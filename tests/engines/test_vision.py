@@ -11,7 +11,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hfms_cli import BadRequest, Call, ContextLengthExceeded, Conversation, LoadRequest, Picture, Sampling, Structure
+from hfms_cli import (
+    Adapter,
+    AdapterCard,
+    BadRequest,
+    Call,
+    ContextLengthExceeded,
+    Conversation,
+    LoadRequest,
+    Picture,
+    Sampling,
+    Structure,
+)
 from hfms_cli.models.inspect import inspect
 from hfms_engines import vision_scheduler
 from hfms_engines.vision import VisionEngine, VisionOptions
@@ -340,3 +351,9 @@ def test_other_families_and_missing_packages_are_refused_by_name(idefics):
     assert "this is qwen2_5_vl" in (VisionEngine().supports(other, CPU) or "")
     engine = VisionEngine(find=lambda name: None if name == "PIL" else True)
     assert engine.supports(card, CPU) == "pillow not installed; run: pip install 'hfms[vision]'"
+
+
+def test_an_adapter_is_refused_with_the_reason(idefics_model):
+    adapter = Adapter("a", "/nowhere", AdapterCard(r=4, lora_alpha=8, target_modules="all-linear"))
+    with pytest.raises(BadRequest, match="as this model is run, it takes none"):
+        idefics_model.add_adapter(adapter)
