@@ -27,14 +27,19 @@ _TOOLS_BY_TEXT = (
     ("llama3_json", '"parameters": '),
 )
 _USES_TOOLS = re.compile(r"\{%(?:(?!%\}).)*\btools\b", re.DOTALL)
+_NO_SYSTEM = re.compile(r"raise_exception\([^)]*\bsystem\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Formats:
-    """How a model says what. tools: None where its template takes no tools. reasoning: None where it has none."""
+    """How a model says what. tools: the format of its calls. reasoning: None where it has none."""
 
-    tools: str | None
+    tools: str
     reasoning: str | None
+    templated: bool
+    """The template takes tools; if not, the model is told of them in a message, to be called as Hermes does."""
+    system: bool
+    """The template takes a system message."""
     switchable: bool
     """The template knows `enable_thinking`."""
     graded: bool
@@ -42,14 +47,14 @@ class Formats:
 
     def marks(self, *, tools: bool) -> tuple[str, ...]:
         """Text that an engine must not leave out of an answer, be it of special tokens."""
-        reader = FORMATS[self.tools] if tools and self.tools else None
+        reader = FORMATS[self.tools] if tools else None
         calls = (*reader.markers, *reader.closers, *getattr(reader, "special", ())) if reader else ()
         return (*_MARKS[self.reasoning], *calls) if self.reasoning else calls
 
     def parser(self, functions: Functions, *, one_call: bool = False) -> AnswerParser | None:
         """For one answer; None where there is nothing to tell apart."""
         reasoning = ReasoningReader(*_MARKS[self.reasoning]) if self.reasoning else None
-        calls: Reader | None = FORMATS[self.tools](functions) if self.tools and functions else None
+        calls: Reader | None = FORMATS[self.tools](functions) if functions else None
         return AnswerParser(reasoning, calls, one_call=one_call) if reasoning or calls else None
 
 
@@ -61,8 +66,9 @@ def forced_parser(functions: Functions, name: str | None) -> AnswerParser:
 @lru_cache(maxsize=256)
 def formats_of(template: str, tools: str = "auto", reasoning: str = "auto") -> Formats:
     """By the template's text, where a setting does not say. A template that uses tools has a format: at least JSON."""
-    if not _USES_TOOLS.search(template):
-        found = None
+    templated = bool(_USES_TOOLS.search(template))
+    if not templated:
+        found = "hermes"
     elif tools != "auto":
         found = tools
     else:
@@ -71,4 +77,12 @@ def formats_of(template: str, tools: str = "auto", reasoning: str = "auto") -> F
         thinks = next((name for name, (_, closing) in _MARKS.items() if closing in template), None)
     else:
         thinks = None if reasoning == "none" else reasoning
-    return Formats(found, thinks, "enable_thinking" in template, "reasoning_effort" in template)
+    return Formats(
+        found,
+        thinks,
+        templated=templated,
+        # One that speaks of users, and not of systems, passes those over, or refuses them.
+        system=not _NO_SYSTEM.search(template) and ("system" in template or "user" not in template),
+        switchable="enable_thinking" in template,
+        graded="reasoning_effort" in template,
+    )

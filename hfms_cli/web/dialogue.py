@@ -23,6 +23,7 @@ from hfms_cli.parsing import (
     formats_of,
 )
 from hfms_cli.types import Call, Chunk, Conversation, LoadedInfo
+from hfms_cli.web import tool_text
 from hfms_cli.web.tools import ToolUse
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -31,15 +32,11 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 def with_tools(chat: Conversation, use: ToolUse | None, formats: Formats) -> Conversation:
-    """The chat with what the model may call. Raises BadRequest where its template takes no tools."""
-    if formats.tools is None and (use or any(_of_calls(m) for m in chat.messages)):
-        raise BadRequest(
-            "The chat template of this model takes no tools; leave out `tools` and messages about calls of them,"
-            " or use another model.",
-            param="tools" if use else "messages",
-            code="tools_not_supported",
-        )
-    return msgspec.structs.replace(chat, tools=use.tools if use else None)
+    """The chat with what the model may call: for its template, or, where that takes no tools, in its messages."""
+    tools = use.tools if use else None
+    if formats.templated:
+        return msgspec.structs.replace(chat, tools=tools)
+    return msgspec.structs.replace(chat, messages=tool_text.told(chat.messages, tools, system=formats.system))
 
 
 class Dialogue:
@@ -57,7 +54,7 @@ class Dialogue:
         self._settings = settings
         self._use = use
         self._effort, self._effort_param = effort, effort_param
-        self._formats = Formats(None, None, switchable=False, graded=False)
+        self._formats = formats_of("")
         self._structured = False
         self._heard: dict[int, Heard] = {}
 
@@ -142,10 +139,6 @@ class Dialogue:
         if self._use is None:
             return self._formats.parser({})
         return self._formats.parser(self._use.functions, one_call=not self._use.parallel)
-
-
-def _of_calls(message: dict[str, Any]) -> bool:
-    return message["role"] == "tool" or "tool_calls" in message
 
 
 @dataclass

@@ -7,6 +7,8 @@ llama.cpp runs a loop of its own, in a thread of its own: it batches what is in 
     hear     llama.cpp says each token to the sequence's thread, which waits for nothing else
     step     hands on what was heard
 
+A call that asks for what a stream of llama.cpp's does not tell is answered a request a token (`llama_cpp_steps`).
+
 The threads only wait for llama.cpp, so their number costs nothing. Prompts become tokens before anything runs, so
 that what does not fit is refused with the right count. llama.cpp does that at its HTTP door only; the door is a socket
 in a folder that only this user can enter, and asks for a secret.
@@ -24,7 +26,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,7 @@ from hfms_cli import (
 from hfms_engines import limits, middle
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.line import Line
+from hfms_engines.llama_cpp_steps import PromptScores, Reader, Step, Steps, Words
 from hfms_engines.machine import physical_cores
 from hfms_engines.structure import STUCK, Follower, Followers, Workshop
 from hfms_engines.text import StopStrings, opened
@@ -73,8 +76,8 @@ LONGEST_STEP = 0.05
 GREEDY = 1e-5
 # The other engines' order, which is vLLM's; llama.cpp's own applies the temperature last.
 SAMPLERS = ("penalties", "temperature", "min_p", "top_k", "top_p")
-# What llama.cpp cannot do as asked, with what it should be.
-REFUSED: dict[str, Any] = {
+# What llama.cpp does as asked only where it is asked for each token by itself, with what it is otherwise.
+BY_STEPS: dict[str, Any] = {
     "min_tokens": 0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -158,9 +161,13 @@ class _Props(msgspec.Struct):
 class _Sequence(Choice):
     """One choice of a call, as llama.cpp tells of it."""
 
-    request: bytes
+    request: dict[str, Any]
     stops: StopStrings
     follower: Follower | None = None
+    steps: Steps | None = None
+    """Where it is made a request a token."""
+    slot: int = -1
+    """Where it runs."""
     made: int = 0
     """Tokens that chunks have told of."""
     finished: bool = False
@@ -207,7 +214,16 @@ class _Sequence(Choice):
 class LlamaCpp:
     """A loaded model. Counts of tokens include the one that ends an answer, as vLLM's do."""
 
-    def __init__(self, server: Any, door: Door, info: LoadedInfo, *, cache_tokens: int, prefix_cache: bool) -> None:
+    def __init__(
+        self,
+        server: Any,
+        door: Door,
+        info: LoadedInfo,
+        *,
+        cache_tokens: int,
+        prefill_tokens: int,
+        prefix_cache: bool,
+    ) -> None:
         self.info = info
         self._server = server
         self._door = door
@@ -216,7 +232,9 @@ class LlamaCpp:
         self._first_token = props.bos_token
         if info.chat:
             self.info = msgspec.structs.replace(info, template=props.chat_template)
+        self._words = Words(self._detokenize, self._tokenize("a")[-1], self._vocabulary)
         self._cache_tokens = cache_tokens
+        self._prefill_tokens = prefill_tokens
         self._prefix_cache = prefix_cache
         # llama.cpp has llguidance in it, and takes its grammars.
         followers = Followers()
@@ -225,6 +243,8 @@ class LlamaCpp:
         self._line: Line[_Sequence] = Line()
         self._running: dict[_Sequence, threading.Thread] = {}
         """In slots, those that were cancelled and have not stopped yet among them."""
+        self._slots: list[list[int]] = [[] for _ in range(info.max_batch)]
+        """The prompt that each has read last."""
         self._heard: SimpleQueue[tuple[_Sequence, Chunk | HfmsError | None]] = SimpleQueue()
         """Filled by the threads; None: the sequence has left its slot."""
 
@@ -235,20 +255,10 @@ class LlamaCpp:
         entries = limits.check_call(call, self._vocabulary)
         if call.id in self._calls:
             raise BadRequest("A call with this id is under way.")
-        asked = [name for name, usual in REFUSED.items() if getattr(call.sampling, name) != usual]
         if call.suffix:
             raise middle.no_middle()
-        for name in asked + ["echo"] * call.echo:
-            raise BadRequest(
-                f"The engine llama_cpp does not support `{name}`; leave it out, or let another engine serve the model.",
-                param=name,
-            )
-        if call.sampling.structure is not None and call.sampling.ignore_eos:
-            raise BadRequest(
-                f"The engine llama_cpp does not support `ignore_eos` beside `{call.sampling.structure.param}`.",
-                param="ignore_eos",
-            )
-        prompts = [self._prompt(entry, call.marks) for entry in entries]
+        by_steps = self._check_steps(call)
+        prompts = [self._prompt(entry, call) for entry in entries]
         most = [
             limits.answer_limit(len(prompt.ids), entry, call.sampling, self.info.context_length)
             for prompt, entry in zip(prompts, entries, strict=True)
@@ -258,11 +268,20 @@ class LlamaCpp:
         def enter(follower: Follower | None = None) -> None:
             grammar = "" if follower is None else follower.grammar
             for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+                scores = (
+                    PromptScores(call.sampling.logprobs or 0)
+                    if call.echo and call.sampling.logprobs is not None
+                    else None
+                )
                 for k in range(call.n):
+                    index = i * call.n + k
                     request = self._request(prompt.ids, limit, call, choice=k, grammar=grammar)
                     stops = StopStrings(call.sampling.stop, include=call.sampling.include_stop)
                     own = follower and follower.copy()
-                    self._line.enter(_Sequence(kept, i * call.n + k, prompt, limit, request, stops, own))
+                    seq = _Sequence(kept, index, prompt, limit, request, stops, own)
+                    if by_steps:
+                        seq.steps = Steps(index, prompt, limit, call.sampling, _seeds(call, k), call.marks, scores)
+                    self._line.enter(seq)
 
         if call.sampling.structure is None:
             enter()
@@ -270,11 +289,32 @@ class LlamaCpp:
             self._structures.order(call.id, call.sampling.structure, enter)
         self._calls[call.id] = kept
 
-    def _prompt(self, entry: limits.Entry, marks: Sequence[str]) -> Prompt:
-        if not isinstance(entry, Conversation):
-            return Prompt(self._tokens(entry))
-        text = self._chat(entry)
-        return Prompt(self._tokenize(text), text=opened(text, marks))
+    @staticmethod
+    def _check_steps(call: Call) -> bool:
+        """Whether a call is to be answered a request a token. Raises BadRequest where that cannot be done."""
+        sampling = call.sampling
+        asked = [name for name, usual in BY_STEPS.items() if getattr(sampling, name) != usual]
+        asked += ["max_tokens"] * (sampling.max_tokens == 0)
+        penalised = next((name for name in asked if name.endswith("_penalty")), None)
+        beside = None
+        if sampling.structure is not None:
+            beside = sampling.structure.param
+            asked += ["ignore_eos"] * sampling.ignore_eos
+        elif penalised and sampling.repetition_penalty != 1:
+            # llama.cpp counts the same tokens for both, and these count the answer's, that one the prompt's too.
+            beside, asked = "repetition_penalty", [penalised]
+        if asked and beside:
+            raise BadRequest(f"The engine llama_cpp does not support `{asked[0]}` beside `{beside}`.", param=asked[0])
+        return bool(asked)
+
+    def _prompt(self, entry: limits.Entry, call: Call) -> Prompt:
+        if isinstance(entry, Conversation):
+            text = self._chat(entry)
+            return Prompt(self._tokenize(text), text=opened(text, call.marks))
+        ids = self._tokens(entry)
+        if not call.echo:
+            return Prompt(ids)
+        return Prompt(ids, text=entry if isinstance(entry, str) else self._detokenize(ids))
 
     def _tokens(self, entry: str | list[int]) -> list[int]:
         if isinstance(entry, str):
@@ -286,6 +326,9 @@ class LlamaCpp:
     def _tokenize(self, text: str) -> list[int]:
         body = {"content": text, "add_special": True, "parse_special": True}
         return self._door.ask("POST", "/tokenize", body, _Tokens).tokens
+
+    def _detokenize(self, ids: list[int]) -> str:
+        return self._door.ask("POST", "/detokenize", {"tokens": ids}, _Detokenized).content
 
     def ask(self, question: Question) -> Reply:
         """What llama.cpp says of its tokenizer. Raises BadRequest and NoChatTemplate."""
@@ -302,8 +345,7 @@ class LlamaCpp:
             case TextOf(ids):
                 for token in ids:
                     limits.check_token(token, self._vocabulary, "tokens")
-                text = self._door.ask("POST", "/detokenize", {"tokens": ids}, _Detokenized).content
-                return Tokens(ids, [], text)
+                return Tokens(ids, [], self._detokenize(ids))
             case TokensOf(item, special):
                 if isinstance(item, Conversation):
                     item = self._chat(item)
@@ -326,7 +368,7 @@ class LlamaCpp:
         except DoorClosed as exc:
             raise limits.unfit_messages() from exc
 
-    def _request(self, ids: list[int], limit: int, call: Call, *, choice: int, grammar: str) -> bytes:
+    def _request(self, ids: list[int], limit: int, call: Call, *, choice: int, grammar: str) -> dict[str, Any]:
         """One sequence in llama.cpp's words. What is not said here would be as the model's file says."""
         sampling = call.sampling
         repeats = sampling.repetition_penalty != 1
@@ -340,8 +382,8 @@ class LlamaCpp:
             "min_p": sampling.min_p,
             "min_keep": 0,
             "mirostat": 0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": len(ids) + limit if repeats else 0,
             "logit_bias": list((sampling.logit_bias or {}).items()),
@@ -358,7 +400,7 @@ class LlamaCpp:
         }
         if sampling.seed is not None:
             body["seed"] = _seed(sampling.seed, choice)
-        return msgspec.json.encode(body)
+        return body
 
     def cancel(self, call_id: str) -> None:
         self._forget(call_id)
@@ -434,6 +476,7 @@ class LlamaCpp:
                 return
             self._line.take(seq)
             self._line.charge(seq.key, len(seq.prompt.ids))
+            seq.slot = self._place(seq.prompt.ids)
             seq.call.begun = True
             if not seq.prompt.reported:
                 seq.prompt.reported = True
@@ -441,6 +484,14 @@ class LlamaCpp:
             thread = threading.Thread(target=self._run, args=(seq,), name=f"sequence {seq.index}", daemon=True)
             self._running[seq] = thread
             thread.start()
+
+    def _place(self, ids: list[int]) -> int:
+        """A free slot for a prompt: the one that has last read most of what it begins with."""
+        taken = {s.slot for s in self._running}
+        free = [i for i in range(len(self._slots)) if i not in taken]
+        slot = max(free, key=lambda i: _shared(self._slots[i], ids)) if self._prefix_cache else free[0]
+        self._slots[slot] = ids
+        return slot
 
     def _forget(self, call_id: str) -> None:
         call = self._calls.pop(call_id, None)
@@ -455,11 +506,50 @@ class LlamaCpp:
 
     def _run(self, seq: _Sequence) -> None:
         try:
-            self._server.handle_completions(seq.request, partial(self._hear, seq))
+            if seq.steps is None:
+                self._stream(seq, {}, partial(self._hear, seq))
+            else:
+                self._walk(seq, seq.steps)
+        except HfmsError as exc:
+            self._heard.put((seq, exc))
         except Exception:
             log.exception("llama.cpp did not take a sequence")
         finally:
             self._heard.put((seq, None))
+
+    def _stream(self, seq: _Sequence, changes: dict[str, Any], hear: Callable[[bytes], bool]) -> None:
+        self._server.handle_completions(msgspec.json.encode(seq.request | {"id_slot": seq.slot} | changes), hear)
+
+    def _walk(self, seq: _Sequence, steps: Steps) -> None:
+        """Make an answer a request a token."""
+        # A long prompt is read first, as a stream, which can be stopped. In whole steps, as it would be read otherwise.
+        whole = (len(seq.prompt.ids) - 1) // self._prefill_tokens * self._prefill_tokens
+        if whole and steps.scores is None:
+            self._stream(seq, {"prompt": seq.prompt.ids[:whole], "n_predict": 1}, lambda _: seq.call.gone)
+            if seq.call.gone:
+                return
+            seq.request["cache_prompt"] = True
+
+        def ask(changes: dict[str, Any]) -> Step:
+            said: list[bytes] = []
+
+            def hear(data: bytes) -> bool:
+                said.append(data)
+                return False
+
+            alone = {"n_predict": 1, "stream": False, "return_tokens": True, "verbose": True}
+            self._stream(seq, alone | changes, hear)
+            seq.request["cache_prompt"] = True
+            if error := msgspec.json.decode(said[0], type=_Said).error:
+                raise _failed(error)
+            return msgspec.json.decode(said[0], type=Step)
+
+        for chunk in steps.chunks(Reader(ask, self._words)):
+            if seq.call.gone:
+                return
+            if chunk is not None:
+                seq.finished = chunk.finish_reason is not None
+                self._heard.put((seq, chunk))
 
     def _hear(self, seq: _Sequence, data: bytes) -> bool:
         """Take a word from llama.cpp; True: the sequence leaves its slot now."""
@@ -468,8 +558,7 @@ class LlamaCpp:
         try:
             said = msgspec.json.decode(data, type=_Said)
             if said.error:
-                log.error("llama.cpp failed on a sequence: %s", said.error.message)
-                raise EngineFault("The model failed on this request.")
+                raise _failed(said.error)
             outcome: Chunk | HfmsError | None = seq.take(said)
         except HfmsError as exc:
             outcome = exc
@@ -481,9 +570,26 @@ class LlamaCpp:
         return seq.finished or isinstance(outcome, HfmsError)
 
 
-def _seed(seed: int, choice: int) -> int:
+def _failed(error: _Failure) -> EngineFault:
+    log.error("llama.cpp failed on a sequence: %s", error.message)
+    return EngineFault("The model failed on this request.")
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _seed(seed: int, *of: int) -> int:
     """llama.cpp's seeds have 32 bits, of which all set means none; answers to one seed differ by their choice."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:4]) % (2**32 - 1)
+    name = "/".join(map(str, (seed, *of)))
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (2**32 - 1)
+
+
+def _seeds(call: Call, choice: int) -> Callable[[int], int | None]:
+    """For each token of a choice that is made a request a token."""
+    seed = call.sampling.seed
+    return lambda place: None if seed is None else _seed(seed, choice, place)
 
 
 # --- llama.cpp's door ---
@@ -600,4 +706,6 @@ def load(
         chat=card.chat_template,
         weights_bytes=card.weights_bytes,
     )
-    return LlamaCpp(server, door, info, cache_tokens=cache_tokens, prefix_cache=prefix_cache)
+    return LlamaCpp(
+        server, door, info, cache_tokens=cache_tokens, prefill_tokens=params.n_batch, prefix_cache=prefix_cache
+    )

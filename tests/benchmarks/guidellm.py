@@ -37,14 +37,16 @@ async def ask_ours(sender: Sender, prompts: list[Prompt], width: int) -> dict[st
     return {name: figures[name] for name in FIGURES}
 
 
-async def ask_guidellm(programs: Path, url: str, prompts: list[Prompt], width: int, out: Path) -> dict[str, Any]:
-    """guidellm's, under the names of ours."""
+async def ask_guidellm(
+    programs: Path, url: str, prompts: list[Prompt], width: int, out: Path, *, route: str = "/v1/completions"
+) -> dict[str, Any]:
+    """guidellm's, under the names of ours, and how many requests had no whole answer."""
     data, result = out / "prompts.jsonl", out / "result.json"
     out.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": p.text, "output_tokens_count": p.output_len} for p in prompts]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
-        "backend": {"kind": "openai_http", "target": url, "model": "echo:a", "request_format": "/v1/completions"},
+        "backend": {"kind": "openai_http", "target": url, "model": "echo:a", "request_format": route},
         "profile": {"kind": "concurrent", "streams": [width]},
         "constraint": {"kind": "max_requests", "count": len(prompts)},
         "data": {"kind": "json_file", "path": str(data)},
@@ -59,6 +61,7 @@ async def ask_guidellm(programs: Path, url: str, prompts: list[Prompt], width: i
     tokens = sum(r["output_tokens"] for r in done)
     return {
         "completed": len(done),
+        "failed": sum(len(benchmark["requests"][kind] or ()) for kind in ("errored", "incomplete")),
         "total_output_tokens": tokens,
         "output_throughput": tokens / (ended - began),
         "mean_tpot_ms": fmean(r["inter_token_latency_ms"] for r in done),

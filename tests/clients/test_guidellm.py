@@ -20,9 +20,10 @@ def programs(model_cache: Path) -> Path:
         pytest.skip(f"guidellm could not be installed from PyPI: {str(exc)[-300:]}")
 
 
-async def test_guidellm_completes_a_run(serve, programs, tmp_path):
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+async def test_guidellm_completes_a_run_without_an_error(serve, programs, tmp_path, route):
     prompts = [Prompt(f"{number} " + "word " * 30, 16) for number in range(8)]
     async with serve("echo:a", toml="[engine.echo]\nstep_ms = 1") as server:
-        figures = await ask_guidellm(programs, server.url, prompts, 2, tmp_path)
-    assert figures["completed"] == 8
+        figures = await ask_guidellm(programs, server.url, prompts, 2, tmp_path, route=route)
+    assert (figures["completed"], figures["failed"]) == (8, 0)
     assert figures["total_output_tokens"] == 8 * 16

@@ -246,13 +246,10 @@ def test_characters_come_whole_and_every_token_of_them_is_counted(model):
 @pytest.mark.parametrize(
     ("prompt", "sampling", "param"),
     [
-        (FRANCE, {"min_tokens": 2}, "min_tokens"),
-        (FRANCE, {"presence_penalty": 0.5}, "presence_penalty"),
-        (FRANCE, {"frequency_penalty": -0.5}, "frequency_penalty"),
+        (FRANCE, {"presence_penalty": 0.5, "repetition_penalty": 1.1}, "presence_penalty"),
+        (FRANCE, {"frequency_penalty": -0.5, "repetition_penalty": 1.1}, "frequency_penalty"),
         (FRANCE, {"max_tokens": 0}, "max_tokens"),
-        (FRANCE, {"logprobs": 0}, "logprobs"),
-        (FRANCE, {"stop_token_ids": (5,)}, "stop_token_ids"),
-        (FRANCE, {"skip_special_tokens": False}, "skip_special_tokens"),
+        (FRANCE, {"stop_token_ids": (10**6,)}, "stop_token_ids"),
         (FRANCE, {"logit_bias": {10**6: 1.0}}, "logit_bias"),
         ([1, 10**6], {}, "prompt"),
         ([-1], {}, "prompt"),
@@ -412,7 +409,7 @@ def test_a_call_is_cancelled_while_its_prompt_is_read(smollm2):
 def test_a_failure_of_llama_cpp_fails_the_call_and_tells_no_more_of_it(model, caplog):
     model.submit(call("bad", FRANCE))
     [seq] = model._line
-    seq.request = seq.request.replace(b'"prompt":[', b'"prompt":[99999999,')
+    seq.request["prompt"] = [99999999]
     model.submit(call("good", FRANCE, max_tokens=1))
     answers = drain(model)
     assert isinstance(answers.ended["bad"], EngineFault)
@@ -598,10 +595,12 @@ def test_a_structure_that_cannot_be_followed_is_refused_before_llama_cpp_sees_it
     assert (refused.code, refused.param) == ("invalid_schema", "guided")
 
 
-def test_ignore_eos_beside_a_structure_is_refused(model):
+@pytest.mark.parametrize("more", [{"ignore_eos": True}, {"logprobs": 1}, {"min_tokens": 2}])
+def test_what_is_done_token_by_token_is_refused_beside_a_structure(model, more):
     with pytest.raises(BadRequest) as refused:
-        model.submit(call("a", FRANCE, **structured("regex", "a", ignore_eos=True)))
-    assert refused.value.param == "ignore_eos"
+        model.submit(call("a", FRANCE, **structured("regex", "a", **more)))
+    assert [refused.value.param] == list(more)
+    assert "beside `guided`" in refused.value.message
     assert not model.busy()
 
 

@@ -74,7 +74,7 @@ def test_one_call_leaves_out_what_follows_it():
 @pytest.mark.parametrize(
     ("template", "tools", "reasoning"),
     [
-        ("{{ messages }} tools and tool_call", None, None),
+        ("{{ messages }} tools and [TOOL_CALLS]", "hermes", None),
         ("{% if tools %}<tool_call>{% endif %}", "hermes", None),
         ("{%- if tools is not none %}[TOOL_CALLS]{% endif %}", "mistral", None),
         ("{%- if tools %}x{% endif %}", "json", None),
@@ -86,4 +86,19 @@ def test_the_templates_text_says_the_formats_and_a_setting_overrides_it(template
     formats = formats_of(template)
     assert (formats.tools, formats.reasoning) == (tools, reasoning)
     overridden = formats_of(template, "mistral", "none")
-    assert (overridden.tools, overridden.reasoning) == (tools and "mistral", None)
+    # A model that is told of tools in words is told one format.
+    assert (overridden.tools, overridden.reasoning) == ("mistral" if formats.templated else "hermes", None)
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        ("{{ m.role }} {{ m.content }}", True),
+        ("{% if m.role == 'system' %}...{% elif m.role == 'user' %}...", True),
+        ("{% if m.role == 'user' %}...{% else %}{{ raise_exception('Only user and assistant roles!') }}", False),
+        ("{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", False),
+        ("{% if m.role == 'system' %}...{% elif m.role != 'user' %}{{ raise_exception('Unknown role') }}", True),
+    ],
+)
+def test_the_templates_text_says_whether_it_takes_a_system_message(template, system):
+    assert formats_of(template).system == system

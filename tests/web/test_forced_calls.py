@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
 import jsonschema
 import openai
@@ -11,6 +11,7 @@ import pydantic
 import pytest
 
 from tests.chat_templates import TEMPLATES
+from tests.conftest import SMOLLM2
 from tests.engines import tiny
 from tests.web.test_tools import gathered, streamed
 
@@ -168,6 +169,101 @@ async def test_a_structure_and_tools_that_may_be_called_do_not_go_together(serve
 async def test_a_schema_that_cannot_be_followed_is_400_and_says_where_it_came_from(serve, folder):
     async with serve(str(folder)) as server:
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "unheard"}}}
-        body = asked(folder, tools=[tool], tool_choice="required")
+        body = asked(folder, tools=[tool], tool_choice="required", parallel_tool_calls=False)
         status, answer = await server.post("/v1/chat/completions", body)
         assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "invalid_schema")
+
+
+# --- a real model, whose template takes no tools ---
+
+REAL_ENGINES = ["llama_cpp", "openvino", "transformers"]
+
+
+class Trip(pydantic.BaseModel):
+    """What an answer must be."""
+
+    city: Literal["Rome", "Zürich"]
+    days: Literal[1, 2, 3]
+    why: Annotated[str, pydantic.Field(max_length=20)]
+
+
+def order(engine):
+    return f'[engine]\norder = ["{engine}"]'
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("engine", REAL_ENGINES)
+async def test_forced_calls_of_a_real_model_are_valid_whole_and_streamed(serve, engine):
+    async with serve(SMOLLM2, toml=order(engine)) as server:
+        body = {
+            "model": SMOLLM2,
+            "messages": [{"role": "user", "content": "How is the weather in Zürich for the next 3 days?"}],
+            "tools": [TOOLS[1]],
+            "max_tokens": 200,
+            "temperature": 0,
+        }
+        forced = {"type": "function", "function": {"name": "weather"}}
+        for choice, parallel in (("required", False), (forced, True)):
+            asked = body | {"tool_choice": choice, "parallel_tool_calls": parallel}
+            status, answer = await server.post("/v1/chat/completions", asked)
+            assert status == 200, answer
+            (said,) = answer["choices"]
+            assert said["finish_reason"] == "tool_calls"
+            assert said["message"]["content"] is None
+            functions = [call["function"] for call in said["message"]["tool_calls"]]
+            ((name, arguments),) = checked([(f["name"], f["arguments"]) for f in functions])
+            assert name == "weather"
+            deltas, finish = await streamed(server, asked)
+            assert finish == "tool_calls"
+            assert [(c["name"], c["arguments"]) for c in gathered(deltas)["tool_calls"]] == [(name, arguments)]
+        status, answer = await server.post("/v1/chat/completions", body | {"max_tokens": 5})
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 5)
+        # It was told of them.
+        prompt = answer["usage"]["prompt_tokens"]
+        _, answer = await server.post("/v1/chat/completions", body | {"max_tokens": 5, "tool_choice": "none"})
+        assert answer["usage"]["prompt_tokens"] < prompt / 2
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("engine", REAL_ENGINES)
+async def test_the_client_parses_what_a_real_model_says(serve, engine):
+    messages = [{"role": "user", "content": "Plan a trip to Zürich for 2 days."}]
+    tool = openai.pydantic_function_tool(Trip, name="travel")
+    asked = {"model": SMOLLM2, "messages": messages, "max_tokens": 200, "temperature": 0}
+    async with (
+        serve(SMOLLM2, toml=order(engine)) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = await client.chat.completions.parse(**asked, response_format=Trip)
+        whole = answer.choices[0].message.parsed
+        assert isinstance(whole, Trip)
+        async with client.chat.completions.stream(**asked, response_format=Trip) as stream:
+            async for _ in stream:
+                continue
+            assert (await stream.get_final_completion()).choices[0].message.parsed == whole
+        answer = await client.chat.completions.parse(
+            **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+        )
+        for call in answer.choices[0].message.tool_calls:
+            assert isinstance(call.function.parsed_arguments, Trip)
+        told = {
+            "model": SMOLLM2,
+            "input": "Plan a trip to Zürich for 2 days.",
+            "max_output_tokens": 200,
+            "temperature": 0,
+        }
+        answer = await client.responses.parse(**told, text_format=Trip)
+        assert isinstance(answer.output_parsed, Trip)
+        async with client.responses.stream(**told, text_format=Trip) as stream:
+            async for _ in stream:
+                continue
+            assert (await stream.get_final_response()).output_parsed == answer.output_parsed
+        flat = openai.pydantic_function_tool(Trip, name="travel")["function"]
+        answer = await client.responses.parse(
+            **told, tools=[{"type": "function", **flat}], tool_choice={"type": "function", "name": "travel"}
+        )
+        (call,) = answer.output
+        assert Trip.model_validate_json(call.arguments)
+        plain = await client.chat.completions.create(**asked, response_format={"type": "json_object"})
+        if plain.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(plain.choices[0].message.content), dict)

@@ -237,12 +237,6 @@ async def test_what_cannot_be_done_is_400_and_named(serve, body, param, code):
             assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code)
 
 
-async def test_a_model_whose_template_takes_no_tools_says_so(serve):
-    async with serve("echo:a") as server:
-        status, answer = await server.post("/v1/responses", {"model": "echo:a", "input": "a", "tools": [TOOL]})
-    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "tools_not_supported")
-
-
 async def test_kill_9_mid_stream_ends_with_response_failed(serve):
     async with serve("echo:a", toml="[engine.echo]\nstep_ms = 5") as server:
         (model,) = server.runtime.pool.models()

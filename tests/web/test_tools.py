@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from hfms_cli.web.tool_text import told
+
 HERMES = "{% if tools %}<tool_call>{% endif %}"
 THINKING = HERMES + "{{ content.split('</think>') }}"
 WEATHER = {
@@ -196,13 +198,58 @@ async def test_tools_that_make_no_sense_are_400_and_named(serve, body, param, co
     assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code)
 
 
-async def test_a_model_whose_template_takes_no_tools_says_so(serve):
-    async with serve("echo:a") as server:
-        for body, param in (
-            ({"tools": [WEATHER]}, "tools"),
-            ({"messages": [ASKED, {"role": "assistant", "tool_calls": [MADE]}, ASKED]}, "messages"),
-        ):
-            status, answer = await server.post("/v1/chat/completions", chat("hi") | body)
-            assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, "tools_not_supported")
-        status, _ = await server.post("/v1/chat/completions", chat("hi", tools=[WEATHER], tool_choice="none"))
-        assert status == 200
+SAYS_ALL = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+async def test_a_model_whose_template_takes_no_tools_is_told_of_them_and_its_calls_are_read(serve):
+    body = chat(f"Let me look.\n{CALL}", tools=[WEATHER])
+    async with serve("echo:a", toml=toml(SAYS_ALL)) as server:
+        status, answer = await server.post("/v1/chat/completions", body)
+        deltas, finish = await streamed(server, body)
+    assert status == 200
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == finish == "tool_calls"
+    assert choice["message"]["content"] == gathered(deltas)["content"] == "Let me look."
+    assert [c["function"]["name"] for c in choice["message"]["tool_calls"]] == ["weather"]
+    assert [c["name"] for c in gathered(deltas)["tool_calls"]] == ["weather"]
+
+
+USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
+PICTURED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "system", "where", "kept"),
+    [
+        ([USER], True, "system", ""),
+        ([SYSTEM, USER], True, "system", "Be brief.\n\n"),
+        ([USER], False, "user", "\n\nhi"),
+        ([{"role": "assistant", "content": "Hello."}], False, "user", ""),
+    ],
+)
+def test_tools_are_told_in_the_message_that_a_template_takes(messages, system, where, kept):
+    first, *others = told(messages, [WEATHER], system=system)
+    assert first["role"] == where
+    assert '{"type":"function","function":{"name":"weather"' in first["content"]
+    assert "<tool_call>" in first["content"]
+    assert first["content"].startswith(kept) if system else first["content"].endswith(kept)
+    assert others == [m for m in messages if m["role"] != where]
+
+
+def test_tools_are_told_beside_images():
+    (first,) = told([PICTURED], [WEATHER], system=False)
+    assert first["content"][1:] == PICTURED["content"]
+    assert "weather" in first["content"][0]["text"]
+
+
+def test_calls_and_what_came_of_them_are_told_as_text():
+    made = [{"id": c, "type": "function", "function": {"name": c, "arguments": {"a": 1}}} for c in "fg"]
+    results = [{"role": "tool", "tool_call_id": c, "content": f"so {c}"} for c in "fg"]
+    said = told(
+        [USER, {"role": "assistant", "content": "Look.", "tool_calls": made}, *results, USER], None, system=True
+    )
+    assert [m["role"] for m in said] == ["user", "assistant", "user", "user"]
+    calls = [f'<tool_call>\n{{"name":"{c}","arguments":{{"a":1}}}}\n</tool_call>' for c in "fg"]
+    assert said[1]["content"] == "\n".join(["Look.", *calls])
+    assert said[1].keys() == {"role", "content"}
+    assert said[2]["content"] == "\n".join(f"<tool_response>\nso {c}\n</tool_response>" for c in "fg")

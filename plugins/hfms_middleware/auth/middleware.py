@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hfms_middleware.auth.oidc import Oidc
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+METRICS = frozenset({"/metrics"})
+DOCS = frozenset({"/docs", "/openapi.json"})
 SHARED_PATHS = ("/.well-known/hfms/", "/ipfs/")
 """Below these other hfms servers read what this one has published."""
 STRONG_LENGTH = 20
@@ -47,7 +49,7 @@ class Auth(Middleware):
     def __init__(self, options: AuthOptions, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._options = options
         self._static: list[tuple[bytes, Caller]] = []
-        self._open = OPEN_PATHS | ({"/metrics"} if options.open_metrics else set())
+        self._open = OPEN_PATHS | (METRICS if options.open_metrics else set()) | (DOCS if options.open_docs else set())
         self._open_below = SHARED_PATHS if options.open_shared else ()
         self._now = NeverBack()
         self._oidc: Oidc | None = None

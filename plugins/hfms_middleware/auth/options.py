@@ -20,6 +20,10 @@ class AuthOptions:
         False, "Refuse to start without a key instead of serving everybody on loopback.", env="REQUIRE_AUTH"
     )
     open_metrics: bool = setting(False, "Let Prometheus read /metrics without a key.")
+    open_docs: bool = setting(
+        False,
+        "Let browsers read /docs, and /openapi.json which it shows, without a key; to send requests, it asks for one.",
+    )
     open_shared: bool = setting(False, "Let anybody read what share_models shares without a key.")
     store: str = setting(
         "",

@@ -48,6 +48,20 @@ async def test_metrics_are_open_only_when_the_operator_says_so(serve):
         assert (await server.get("/status"))[0] == 401
 
 
+async def test_the_docs_are_open_to_browsers_only_when_the_operator_says_so(serve):
+    """A browser sends no key when it opens a page; the page itself has a field for one."""
+    for opened in (False, True):
+        async with serve(env=KEYS, toml=f"[middleware.auth]\nopen_docs = {str(opened).lower()}") as server:
+            for path in ("/docs", "/openapi.json"):
+                async with server.session.get(server.url + path) as response:
+                    assert response.status == (200 if opened else 401)
+            assert (await server.get("/v1/models"))[0] == 401
+            assert (await server.post("/v1/chat/completions", CHAT))[0] == 401
+            _, document = await server.get("/openapi.json", headers=bearer(KEY))
+            assert ("security" not in document["paths"]["/openapi.json"]["get"]) == opened
+            assert document["paths"]["/v1/models"]["get"]["security"]
+
+
 async def test_a_weak_admin_key_is_accepted_with_a_warning_on_loopback_and_refused_beyond(serve):
     weak = {"HF_SERVER_ADMIN_API_KEY": "admin123"}
     async with serve(env=weak) as server:
