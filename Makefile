@@ -13,7 +13,7 @@ demo: $(VENV)/.demo          ## install, get a small chat model, serve it, show 
 # The rest in two processes: a module's tests stay together, as their shared models and servers want, and go out in
 # their order, so that no long module is left to the end. More processes than two starve tests of real models.
 test: $(VENV)/.test          ## install and pass every test
-	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py
+	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_steps.py
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.lint          ## formatting, lint, types, layers
