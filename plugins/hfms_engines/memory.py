@@ -29,6 +29,8 @@ CACHE_SHARE = 0.25
 _TORCH_HALF = 1.5
 # OpenVINO holds some weights in two layouts, for one token and for many.
 _OPENVINO_LAYOUTS = 1.2
+# Those of few bits all of them.
+_OPENVINO_SMALL_LAYOUTS = 2.2
 # Bytes of a weight in four bits, with scales and zeros, and embeddings in eight bits.
 _FOUR_BITS = 0.6
 
@@ -79,7 +81,7 @@ def openvino_weights(request: LoadRequest, quantize: str) -> int:
     if as_it_is:
         mapped = request.card.weights_bytes / count
     laid_out = small or (2 if half else 4)
-    return int(count * (mapped + laid_out * _OPENVINO_LAYOUTS))
+    return int(count * (mapped + laid_out * (_OPENVINO_SMALL_LAYOUTS if small else _OPENVINO_LAYOUTS)))
 
 
 def parameters(card: ModelCard) -> int:

@@ -37,11 +37,6 @@ async def test_a_question_about_tokens_waits_for_no_call_in_line(serve):
         ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
         ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
-        (
-            "/tokenize",
-            {"messages": CHAT["messages"], "tools": [{"type": "function", "function": {"name": "f"}}]},
-            "tools",
-        ),
         ("/tokenize", {"prompt": "a", "frobnicate": 1}, "frobnicate"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
