@@ -56,17 +56,21 @@ class _Pending:
     owed: Owed
 
 
+SPINS = "1000"
+"""Of libgomp's, some tens of microseconds."""
+
+
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a worker process.
 
     It needs no key of ours, and no address of a store, which may hold a password: a model's own code could read them
-    there. And it must not spin while it waits for its other threads: where two processes share the cores, as two
-    models or a model and the server do, libgomp's default makes both many times slower, since each spins on a core
-    that the other needs. What the operator has set stays.
+    there. And it must spin a little, and not long, while it waits for its other threads: one that sleeps at once has to
+    be woken hundreds of times a token, and libgomp's default keeps a core that another model or the server needs.
+    What the operator has set stays. docs/architecture.md has the figures.
     """
     kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET", "_STORE"))}
-    if "GOMP_SPINCOUNT" not in kept:
-        kept.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in kept:
+        kept.setdefault("GOMP_SPINCOUNT", SPINS)
     return kept
 
 

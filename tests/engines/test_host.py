@@ -179,9 +179,9 @@ async def test_a_worker_ends_by_itself_when_its_front_is_killed(tmp_path):
 
 
 def test_a_workers_threads_wait_without_spinning_unless_the_operator_says_otherwise():
-    assert worker_environ({})["OMP_WAIT_POLICY"] == "passive"
-    assert worker_environ({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
-    assert "OMP_WAIT_POLICY" not in worker_environ({"GOMP_SPINCOUNT": "100"})
+    assert worker_environ({})["GOMP_SPINCOUNT"] == "1000"
+    assert worker_environ({"GOMP_SPINCOUNT": "100"})["GOMP_SPINCOUNT"] == "100"
+    assert worker_environ({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}
 
 
 def test_a_worker_sees_no_key_and_no_password_of_a_store():
