@@ -178,7 +178,7 @@ async def test_a_worker_ends_by_itself_when_its_front_is_killed(tmp_path):
     await asyncio.to_thread(worker.wait, 10)  # raises TimeoutExpired if it lives on
 
 
-def test_a_workers_threads_wait_without_spinning_unless_the_operator_says_otherwise():
+def test_a_workers_threads_spin_only_briefly_unless_the_operator_says_otherwise():
     assert worker_environ({})["GOMP_SPINCOUNT"] == "1000"
     assert worker_environ({"GOMP_SPINCOUNT": "100"})["GOMP_SPINCOUNT"] == "100"
     assert worker_environ({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}
