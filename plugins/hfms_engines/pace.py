@@ -30,6 +30,10 @@ class Pace:
         """Seconds a prompt token."""
         self._bare = 0.0
         """Seconds of a step that reads no prompt."""
+        self._seen = 0
+        """Prompt tokens that the cost is the mean of, up to `_WINDOW`."""
+        self._warm = False
+        """A step has read a prompt. The first of all lays the weights out, and tells nothing of the next."""
 
     def tokens(self, answering: bool, shared: bool = False) -> int:
         """Prompt tokens for the next step.
@@ -45,9 +49,13 @@ class Pace:
         """A step with `read` prompt tokens took so long."""
         if not read:
             self._bare = _mean(self._bare, seconds, _NEW)
+        elif not self._warm:
+            self._warm = True
         else:
             cost = max(0.0, seconds - (self._bare if answering else 0.0)) / read
-            self._cost = _mean(self._cost, cost, read / (read + _WINDOW))
+            self._seen += read
+            self._cost = _mean(self._cost, cost, read / self._seen)
+            self._seen = min(self._seen, _WINDOW)
 
 
 def _mean(before: float, new: float, weight: float) -> float:

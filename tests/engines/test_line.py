@@ -166,8 +166,21 @@ def test_keys_that_always_wait_are_given_alike_whatever_each_asks_for(asked):
             assert max(had) - min(had) <= 50
 
 
+def warm(most: int, seconds: float) -> Pace:
+    pace = Pace(most, seconds)
+    pace.took(5.0, 3, answering=False)
+    return pace
+
+
+def test_the_first_piece_of_all_in_which_weights_are_laid_out_tells_nothing_of_the_next():
+    pace = warm(1024, 0.2)
+    assert pace.tokens(answering=True) == pace.tokens(answering=False) == 256
+    pace.took(0.05, 100, answering=False)
+    assert pace.tokens(answering=True) == 400
+
+
 def test_a_step_reads_what_its_time_allows_and_more_where_it_stalls_nobody():
-    pace = Pace(1024, 0.2)
+    pace = warm(1024, 0.2)
     assert pace.tokens(answering=True) == pace.tokens(answering=False) == 256  # until it is known what they cost
     pace.took(1.0, 100, answering=False)
     assert pace.tokens(answering=False) == 60
@@ -180,7 +193,7 @@ def test_a_step_reads_what_its_time_allows_and_more_where_it_stalls_nobody():
 
 
 def test_a_small_piece_says_little_of_what_a_token_costs():
-    pace = Pace(1024, 0.2)
+    pace = warm(1024, 0.2)
     pace.took(0.2, 1000, answering=False)
     for _ in range(5):
         pace.took(0.02, 2, answering=False)  # most of it is what any step takes
@@ -188,7 +201,7 @@ def test_a_small_piece_says_little_of_what_a_token_costs():
 
 
 def test_what_a_step_takes_without_prompts_is_not_counted_as_theirs():
-    pace = Pace(256, 0.1)
+    pace = warm(256, 0.1)
     pace.took(0.5, 0, answering=True)
     pace.took(0.6, 100, answering=True)
     assert pace.tokens(answering=True) == 100
