@@ -20,12 +20,10 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,17 +41,15 @@ from hfms_cli import (
     ModelName,
     ModelNotFound,
     Progress,
-    SeveralModels,
     VerifyFailed,
     Watch,
-    choose,
-    gguf_models,
-    gguf_tag,
-    no_model,
 )
+from hfms_storage import shelf
+from hfms_storage.choosing import choose_files
 from hfms_storage.hub_download import Stopped, locked
 from hfms_storage.options import BucketOptions
 from hfms_storage.partial import SUFFIX, Partial
+from hfms_storage.threads import watched
 
 log = logging.getLogger("hfms.storage")
 
@@ -92,20 +88,12 @@ class Bucket:
 
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
         folder = self._folder(manifest)
-        if await asyncio.to_thread(self._kept_in, folder) is None:
-            loop, stop = asyncio.get_running_loop(), threading.Event()
-            watch = Watch.of(progress)
-
-            def tell(told: Callable[..., None], *what: object) -> None:
-                with suppress(RuntimeError):  # the loop has ended, and nobody listens
-                    loop.call_soon_threadsafe(told, *what)
-
-            try:
-                await asyncio.to_thread(self._fetch, manifest, folder, watch, tell, stop)
-            except OSError as exc:
-                raise FetchFailed(f"The cache of buckets cannot be written: {exc.strerror}.") from exc
-            finally:
-                stop.set()  # a thread cannot be cancelled, only asked
+        if await asyncio.to_thread(shelf.kept, folder) is None:
+            with watched(progress) as (watch, stop):
+                try:
+                    await asyncio.to_thread(self._fetch, manifest, folder, watch, stop)
+                except OSError as exc:
+                    raise FetchFailed(f"The cache of buckets cannot be written: {exc.strerror}.") from exc
         progress(manifest.size, manifest.size)
         return folder / "files"
 
@@ -121,7 +109,7 @@ class Bucket:
         folder = self._folder(manifest)
         if not folder.is_dir():
             raise ModelNotFound(f"`{manifest.name}` is not on this disk.", param="model")
-        await asyncio.to_thread(self._delete, folder)
+        await asyncio.to_thread(shelf.delete, self.root, folder)
 
     async def peek(self, manifest: Manifest, path: str, first: int, count: int) -> bytes:
         """Some bytes of a file, which is not fetched for that; unproven, as no hash is of a part."""
@@ -130,14 +118,7 @@ class Bucket:
 
     def leftovers(self) -> Iterator[Leftover]:
         """What fetches that ended early have left."""
-        for left in self.root.glob(".fetch-*"):
-            with suppress(FileNotFoundError):
-                yield Leftover(
-                    about="a broken pull from a bucket",
-                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
-                    age_seconds=time.time() - left.stat().st_mtime,
-                    paths=(str(left),),
-                )
+        return shelf.leftovers(self.root, "a broken pull from a bucket")
 
     # At the source.
 
@@ -162,17 +143,8 @@ class Bucket:
         paths: Collection[str] = sums or self._paths(repo)
         if not paths:
             return None
-        try:
-            chosen = choose(paths, quant)
-        except SeveralModels:
-            chosen = ()
-        if not chosen and (models := gguf_models(paths)):
-            choices = ", ".join(f"`{repo}:{tag}`" for tag in dict.fromkeys(map(gguf_tag, models)))
-            raise BadRequest(f"Which GGUF model of `{repo}`? Name one: {choices}.", param="model")
-        if not chosen:
-            raise ModelNotFound(f"`{repo}` {no_model(paths)}", param="model")
         files, told = [], hashlib.sha256()
-        for path in chosen:
+        for path in choose_files(repo, paths, quant):
             size, stamp = self._about(repo, path)
             file = ModelFile(path, size, sums.get(path))
             files.append(file)
@@ -250,19 +222,17 @@ class Bucket:
 
     # On its way.
 
-    def _fetch(
-        self, manifest: Manifest, folder: Path, watch: Watch, tell: Callable[..., None], stop: threading.Event
-    ) -> None:
+    def _fetch(self, manifest: Manifest, folder: Path, watch: Watch, stop: threading.Event) -> None:
         """Fetch what is not here yet of a model, hash it, and give it its place. Runs in a thread."""
         draft = self.root / f".fetch-{folder.parent.name}-{folder.name}"
-        waits = lambda: tell(watch.say, "another process fetches this model; waiting for it")  # noqa: E731
+        waits = lambda: watch.say("another process fetches this model; waiting for it")  # noqa: E731
         with locked(self.root / ".locks", [draft.name.removeprefix(".fetch-")], waits, stop):
-            if self._kept_in(folder) is not None:
+            if shelf.kept(folder) is not None:
                 return
             (draft / "files").mkdir(parents=True, exist_ok=True)
             os.utime(draft)
             _refuse_what_does_not_fit(manifest, draft)
-            self._bring(manifest, draft, watch, tell, stop)
+            self._bring(manifest, draft, watch, stop)
             if any(f.sha256 is None for f in manifest.files):
                 now = self._look(manifest.name)
                 if now is None or now.revision != manifest.revision:
@@ -271,15 +241,13 @@ class Bucket:
             (draft / "manifest.json").write_bytes(msgspec.json.encode(manifest))
             folder.parent.mkdir(parents=True, exist_ok=True)
             if folder.exists():  # half deleted, or by another program
-                self._delete(folder)
+                shelf.delete(self.root, folder)
                 folder.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(folder)
             proven = [((folder / "files" / f.path).resolve(), f.sha256) for f in manifest.files if f.sha256]
             self._hashed += [(path, path.stat(), digest) for path, digest in proven]
 
-    def _bring(
-        self, manifest: Manifest, draft: Path, watch: Watch, tell: Callable[..., None], stop: threading.Event
-    ) -> None:
+    def _bring(self, manifest: Manifest, draft: Path, watch: Watch, stop: threading.Event) -> None:
         """The files, each proven where that is possible; what has come stays when this ends early."""
         repo, _ = _repo(manifest.name)
         lock, done, connections = threading.Lock(), 0, self._connections
@@ -288,7 +256,7 @@ class Bucket:
             nonlocal done
             with lock:
                 done += count
-                tell(watch.whole, done, manifest.size)
+                watch(done, manifest.size)
 
         def piece(part: Partial, path: str, number: int) -> None:
             while left := part.left(number):
@@ -314,7 +282,7 @@ class Bucket:
                             stop.set()
                             raise
                     part.finish(target)
-            if file.sha256 not in (None, _sha256(target)):
+            if file.sha256 not in (None, shelf.sha256(target)):
                 target.unlink()
                 raise VerifyFailed(f"`{file.path}` of `{repo}` has not the SHA-256 that its {SUMS} says.")
 
@@ -324,38 +292,17 @@ class Bucket:
         repo, _ = _repo(manifest.name)
         return self.root / repo.replace("/", "--") / manifest.revision
 
-    def _kept_in(self, folder: Path) -> Manifest | None:
-        """The model in a folder of ours, where it is whole."""
-        try:
-            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
-            sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
-        except (OSError, ValueError, msgspec.MsgspecError):
-            return None
-        whole = manifest.revision == folder.name and sizes == [f.size for f in manifest.files]
-        return manifest if whole else None
-
     def _all(self) -> Iterator[Manifest]:
         """What is kept, whole, by the name that finds it: the one that came last needs no revision."""
         folders = [f.parent for f in self.root.glob("[!.]*/*/manifest.json")]
         folders.sort(key=lambda f: (-f.stat().st_mtime, f.name))
         seen: set[str] = set()
-        for manifest in filter(None, map(self._kept_in, folders)):
+        for manifest in filter(None, map(shelf.kept, folders)):
             rest = manifest.name.rest
             yield msgspec.structs.replace(
                 manifest, name=ModelName("", rest, manifest.revision if rest in seen else None)
             )
             seen.add(rest)
-
-    def _delete(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
-            folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check(url: str) -> None:

@@ -44,12 +44,13 @@ from hfms_cli import (
     choose,
     gguf_models,
     gguf_tag,
-    no_model,
 )
 from hfms_storage.blocks import BlockFolder, beside
+from hfms_storage.choosing import choose_files
 from hfms_storage.hub_download import Blob, Download, Stopped, locked, read_part, refuse_what_does_not_fit
 from hfms_storage.options import HfCacheOptions
 from hfms_storage.partial import SUFFIX
+from hfms_storage.threads import watched
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, HfApi, HFCacheInfo
@@ -103,18 +104,8 @@ class HfCache(BlockFolder):
         return await asyncio.to_thread(self._find, name)
 
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
-        loop = asyncio.get_running_loop()
-        stop = threading.Event()
-        watch = Watch.of(progress)
-        told = Watch(
-            whole=lambda done, total: _tell(loop, watch.whole, done, total),
-            file=lambda path, done, size: _tell(loop, watch.file, path, done, size),
-            say=lambda text: _tell(loop, watch.say, text),
-        )
-        try:
-            return await asyncio.to_thread(self._fetch, manifest, told, stop)
-        finally:
-            stop.set()  # a thread cannot be cancelled, only asked
+        with watched(progress) as (watch, stop):
+            return await asyncio.to_thread(self._fetch, manifest, watch, stop)
 
     def hashed(self) -> Sequence[tuple[Path, os.stat_result, str]]:
         """Files that were hashed while they came, since this was last asked."""
@@ -214,7 +205,7 @@ class HfCache(BlockFolder):
         if info is None:
             return None
         files = {f.rfilename: _file(f) for f in info.siblings or ()}
-        chosen = [files[path] for path in self._choose(repo, files, quant)]
+        chosen = [files[path] for path in choose_files(repo, files, quant, self._options.quant)]
         if not _COMMIT.fullmatch(info.sha or ""):  # it becomes the name of a folder
             raise FetchFailed(f"The Hub names no commit of `{repo}`.")
         for file in chosen:
@@ -271,20 +262,6 @@ class HfCache(BlockFolder):
         elif info.private:
             restricted = "it is private on the Hub"
         return Terms(named[0] if named else "", restricted)
-
-    def _choose(self, repo: str, paths: Collection[str], quant: str) -> tuple[str, ...]:
-        """The files to take. Raises BadRequest where a name must say which, ModelNotFound where there are none."""
-        models = gguf_models(paths)
-        try:
-            chosen = choose(paths, quant)
-        except SeveralModels:
-            chosen = choose(paths, self._options.quant) if self._options.quant else ()
-        if not chosen and models:
-            choices = ", ".join(f"`{repo}:{tag}`" for tag in dict.fromkeys(map(gguf_tag, models)))
-            raise BadRequest(f"Which GGUF model of `{repo}`? Name one: {choices}.", param="model")
-        if not chosen:
-            raise ModelNotFound(f"`{repo}` {no_model(paths)}", param="model")
-        return chosen
 
     def _fetch(self, manifest: Manifest, watch: Watch, stop: threading.Event) -> Path:
         from huggingface_hub import snapshot_download
@@ -412,7 +389,7 @@ class HfCache(BlockFolder):
     def _manifest(self, snapshot: Snapshot, name: ModelName, quant: str) -> Manifest | None:
         """A model of a snapshot; None where it is not whole."""
         sizes = snapshot.sizes
-        chosen = self._choose(snapshot.repo, snapshot.tree or frozenset(sizes), quant)
+        chosen = choose_files(snapshot.repo, snapshot.tree or frozenset(sizes), quant, self._options.quant)
         if not sizes.keys() >= {*chosen} or (snapshot.tree is None and not _joined(snapshot, chosen)):
             return None
         return Manifest(
@@ -484,11 +461,6 @@ def _sha256(blob: str) -> str | None:
 
 def _oid(blob: str) -> str | None:
     return blob if _COMMIT.fullmatch(blob) else None
-
-
-def _tell(loop: asyncio.AbstractEventLoop, told: Callable[..., None], *what: object) -> None:
-    with suppress(RuntimeError):  # the loop has ended, and nobody listens
-        loop.call_soon_threadsafe(told, *what)
 
 
 def _link(blob: Path, path: Path) -> None:

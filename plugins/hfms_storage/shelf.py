@@ -1,0 +1,55 @@
+"""Models that a storage keeps on this disk, each in a folder named by its revision.
+
+<root>/.../<revision>/manifest.json    and files/
+<root>/.fetch-...                      what is on its way, or on its way out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from hfms_cli import Leftover, Manifest
+
+
+def kept(folder: Path) -> Manifest | None:
+    """The model in a folder. None where it is not whole: half deleted, or changed by another program."""
+    try:
+        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+        sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return None
+    whole = manifest.revision == folder.name and sizes == [f.size for f in manifest.files]
+    return manifest if whole else None
+
+
+def delete(root: Path, folder: Path) -> None:
+    """Take a folder below `root` away, and the one around it where it was the last."""
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
+        folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def leftovers(root: Path, about: str) -> Iterator[Leftover]:
+    """What fetches that ended early have left."""
+    for left in root.glob(".fetch-*"):
+        with suppress(FileNotFoundError):
+            yield Leftover(
+                about=about,
+                size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
+                age_seconds=time.time() - left.stat().st_mtime,
+                paths=(str(left),),
+            )
+
+
+def sha256(file: Path) -> str:
+    """In hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
