@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -147,7 +147,9 @@ def inspect(folder: Path, files: Collection[str] = ()) -> ModelCard:
             weights_bytes=0,
         )
     if config is None and "adapter_config.json" in names:
-        raise LoadFailed("This is an adapter, which needs its base model; merge the two and serve the result.")
+        raise LoadFailed(
+            "This is an adapter: load its base model, and it beside that (`hfms models load-lora NAME ADAPTER`)."
+        )
     beside = sorted(n for n in names if n.startswith(base) and "/" not in n[len(base) :])
     safetensors = [n for n in beside if n.endswith(".safetensors")]
     if safetensors and config:
@@ -220,15 +222,39 @@ def _safetensors(folder: Path, names: set[str], base: str, config: _Config, foun
     for name in weights:
         size += _read_safetensors(folder / name, count)
     dtype = count.most_common(1)[0][0] if count else ""
-    return ModelCard(
-        format="safetensors",
-        model_type=config.model_type,
-        architecture=config.architecture,
-        tasks=_tasks(names, config),
+    return _card(
+        "safetensors",
+        names,
+        config,
+        weights,
         weights_bytes=size,
         parameters=count.total(),
         dtype=_DTYPES.get(dtype, (dtype.lower(), 0))[0],
         context_length=_context_length(folder, names, base, config),
+    )
+
+
+def _card(
+    format: Literal["safetensors", "openvino", "onnx", "pickle"],
+    names: set[str],
+    config: _Config,
+    weights: Sequence[str],
+    *,
+    weights_bytes: int,
+    context_length: int,
+    parameters: int = 0,
+    dtype: str = "",
+) -> ModelCard:
+    """Of a model with a configuration."""
+    return ModelCard(
+        format=format,
+        model_type=config.model_type,
+        architecture=config.architecture,
+        tasks=_tasks(names, config),
+        weights_bytes=weights_bytes,
+        parameters=parameters,
+        dtype=dtype,
+        context_length=context_length,
         weights=tuple(weights),
         remote_code=config.auto_map is not None,
     )
@@ -378,45 +404,39 @@ def _openvino(folder: Path, names: set[str], config: _Config, files: Sequence[st
     if not count or end > there:
         raise LoadFailed(f"`{weights}` has {there:,} bytes of {end:,} that `{graph}` names. Fetch the model again.")
     dtype = count.most_common(1)[0][0]
-    return ModelCard(
-        format="openvino",
-        model_type=config.model_type,
-        architecture=config.architecture,
-        tasks=_tasks(names, config),
+    return _card(
+        "openvino",
+        names,
+        config,
+        files,
         weights_bytes=there,
         parameters=count.total(),
         dtype=_GRAPH_DTYPES.get(dtype, dtype),
         context_length=_context_length(folder, names, "", config),
-        weights=tuple(files),
-        remote_code=config.auto_map is not None,
     )
 
 
 def _onnx(folder: Path, names: set[str], config: _Config, files: Sequence[str]) -> ModelCard:
     """Graph and weights are one file, or the weights lie beside it; what is in them only an engine reads."""
-    return ModelCard(
-        format="onnx",
-        model_type=config.model_type,
-        architecture=config.architecture,
-        tasks=_tasks(names, config),
+    return _card(
+        "onnx",
+        names,
+        config,
+        files,
         weights_bytes=sum(_size(folder, name) for name in files),
         context_length=_context_length(folder, names, "", config),
-        weights=tuple(files),
-        remote_code=config.auto_map is not None,
     )
 
 
 def _pickle(folder: Path, names: set[str], config: _Config, found: list[str]) -> ModelCard:
     """Nothing in a pickle is read: its length is all that can be known without running it."""
-    return ModelCard(
-        format="pickle",
-        model_type=config.model_type,
-        architecture=config.architecture,
-        tasks=_tasks(names, config),
+    return _card(
+        "pickle",
+        names,
+        config,
+        found,
         weights_bytes=sum(_size(folder, name) for name in found),
         context_length=config.context_length(),
-        weights=tuple(found),
-        remote_code=config.auto_map is not None,
     )
 
 
