@@ -13,7 +13,7 @@ Imports torch: for worker processes only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -49,12 +49,16 @@ class _Weights:
 class Adapters:
     """Those that a model has now.
 
-    layers: the linear layers that can be changed, by their names, with their shapes. most: how many adapters there may
+    layers: the linear layers that can be changed, by their names, with their shapes. renew: called when there is one
+    more or less. most: how many adapters there may
     be at once; most_rank: of each. option: the settings that say so, for people; empty: there are none.
     """
 
-    def __init__(self, layers: Mapping[str, Shape], *, most: int, most_rank: int, option: str) -> None:
+    def __init__(
+        self, layers: Mapping[str, Shape], renew: Callable[[], None], *, most: int, most_rank: int, option: str
+    ) -> None:
         self.layers = layers
+        self._renew = renew
         self._most = most
         self._most_rank = most_rank
         self._option = option
@@ -68,10 +72,10 @@ class Adapters:
         if adapter_id and adapter_id not in self._held:
             raise Unavailable("The adapter is not loaded in this engine.", code="adapter_unavailable")
 
-    def add(self, adapter: Adapter) -> bool:
-        """Take an adapter; False where it is there already. Raises BadRequest where it does not fit."""
+    def add(self, adapter: Adapter) -> None:
+        """Take an adapter, if it is not there already. Raises BadRequest where it does not fit; nothing has changed."""
         if adapter.id in self._held:
-            return False
+            return
         if not self._option:
             raise _bad("cannot be loaded: as this model is run, it takes none")
         if not self._most:
@@ -79,11 +83,12 @@ class Adapters:
         if len(self._held) >= self._most:
             raise _bad(f"is one too many: {self._most} are loaded already ({self._option} max_loras)")
         self._held[adapter.id] = _read(adapter, self.layers, self._most_rank, self._option)
-        return True
+        self._renew()
 
-    def remove(self, adapter_id: str) -> bool:
-        """Forget an adapter; False where there is none."""
-        return self._held.pop(adapter_id, None) is not None
+    def remove(self, adapter_id: str) -> None:
+        """Forget an adapter, if there is one."""
+        if self._held.pop(adapter_id, None) is not None:
+            self._renew()
 
     def changed(self) -> set[str]:
         """Names of layers that any of them changes."""

@@ -16,7 +16,6 @@ import openvino as ov
 from openvino import opset13 as ops
 
 if TYPE_CHECKING:
-    from hfms_cli import Adapter
     from hfms_engines.lora import Shape
 
 __all__ = ["Changes", "add_inputs", "is_input", "layer_of", "merged_name"]
@@ -107,18 +106,9 @@ class Changes:
         """layers: as `add_inputs` says; none, where the model takes no adapters."""
         from hfms_engines.lora import Adapters  # imports torch, while a model is compiled: see openvino_runner.load
 
-        self.adapters = Adapters(layers, most=most, most_rank=most_rank, option="[engine.openvino]")
+        self.adapters = Adapters(layers, self._renew, most=most, most_rank=most_rank, option="[engine.openvino]")
         self._request = request
         self._renew()
-
-    def add(self, adapter: Adapter) -> None:
-        """Raises BadRequest; then nothing has changed."""
-        if self.adapters.add(adapter):
-            self._renew()
-
-    def remove(self, adapter_id: str) -> None:
-        if self.adapters.remove(adapter_id):
-            self._renew()
 
     def choose(self, rows: Sequence[str], lengths: Sequence[int]) -> None:
         """By which adapter the tokens of each piece of the next pass are read; empty, or no rows at all: by none."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from hfms_cli import Adapter
 from hfms_engines.lora import Adapters, Shape
 
 __all__ = ["Changes", "linear_layers"]
@@ -34,20 +33,11 @@ class Changes:
     """The adapters of a model, and how they get into its passes."""
 
     def __init__(self, model: Any, *, most: int, most_rank: int, option: str) -> None:
-        self.adapters = Adapters(linear_layers(model), most=most, most_rank=most_rank, option=option)
+        self.adapters = Adapters(linear_layers(model), self._renew, most=most, most_rank=most_rank, option=option)
         self._model = model
         self._hooks: list[Any] = []
         self._hidden: torch.Tensor | None = None
         """Of this pass, [rows, columns]: which columns are not a row's own. None: no row has any."""
-
-    def add(self, adapter: Adapter) -> None:
-        """Raises BadRequest; then nothing has changed."""
-        if self.adapters.add(adapter):
-            self._renew()
-
-    def remove(self, adapter_id: str) -> None:
-        if self.adapters.remove(adapter_id):
-            self._renew()
 
     def choose(self, rows: Sequence[str]) -> None:
         """By which adapter each row of the next pass is answered; empty: by none. No rows: none has one."""

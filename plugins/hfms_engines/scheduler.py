@@ -132,12 +132,6 @@ class AnyChanges(Protocol):
 
     adapters: Adapters
 
-    def add(self, adapter: Adapter) -> None:
-        """Raises BadRequest; then nothing has changed."""
-
-    def remove(self, adapter_id: str) -> None:
-        """Unknown ids are ignored."""
-
 
 class AnyRunner(Protocol):
     """What every scheduler needs to know of a model and its tokenizer."""
@@ -325,10 +319,10 @@ class Scheduler(ABC):
 
     def add_adapter(self, adapter: Adapter) -> None:
         """Raises BadRequest; then nothing has changed."""
-        self._runner.changes.add(adapter)
+        self._runner.changes.adapters.add(adapter)
 
     def remove_adapter(self, adapter_id: str) -> None:
-        self._runner.changes.remove(adapter_id)
+        self._runner.changes.adapters.remove(adapter_id)
 
     def cancel(self, call_id: str) -> None:
         self._forget(call_id)
