@@ -33,8 +33,8 @@ GGUF_ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """Text generation by torch and transformers."""
+class TorchOptions:
+    """What every engine lets one say of decoders that torch runs."""
 
     max_batch: int = setting(16, "Sequences that run at once.", ge=1)
     prefill_tokens: int = setting(
@@ -49,6 +49,14 @@ class GenerationOptions:
     kv_cache_bytes: int = setting(
         0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
     )
+
+    def prefill_on(self, device: Device) -> int:
+        return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
+
+
+@dataclass(frozen=True)
+class GenerationOptions(TorchOptions):
+    """Text generation by torch and transformers."""
 
     max_loras: int = setting(8, "LoRA adapters of a model that may be loaded at once.", ge=0)
     max_lora_rank: int = setting(256, "Highest rank of a LoRA adapter.", ge=1)
@@ -71,9 +79,6 @@ class GenerationOptions:
 
     def paged_on(self, device: Device) -> bool:
         return self.cache == "paged" or (self.cache == "auto" and device.torch_device != "cpu")
-
-    def prefill_on(self, device: Device) -> int:
-        return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
 
 
 class GenerationEngine:

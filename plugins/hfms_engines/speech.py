@@ -123,7 +123,7 @@ class SpeechEngine:
             context_length=whisper.context_length,
             max_batch=self._options.max_batch,
             memory_bytes=self.estimate(request),
-            weights_bytes=whisper.bytes(),
+            weights_bytes=whisper.weights_bytes(),
         )
         return SpeechModel(info, whisper, self._options)
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from hfms_cli import LoadFailed
 from hfms_engines.blocks import Blocks
-from hfms_engines.torch_runner import Model, inference
+from hfms_engines.torch_runner import Layer, Model, inference
 
 __all__ = ["BLOCK", "PagedRunner"]
 
@@ -58,20 +58,10 @@ class Place:
     start: int | None = None
 
 
-class _Pages(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer."""
-
-    def __init__(self, cache: PagedCache) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = self._room_like(key_states)
-        self.values = self._room_like(value_states)
-        self.is_initialized = True
+class _Pages(Layer["PagedCache"]):
+    """A part of each block."""
 
     def _room_like(self, states: torch.Tensor) -> torch.Tensor:
-        # Zeros and not just any memory: what a mask hides is still multiplied, and NaN times nothing is NaN.
         shape = (self._cache.count, BLOCK, states.shape[1], states.shape[3])
         if states.device.type != "cpu":
             return states.new_zeros(shape)
@@ -96,12 +86,6 @@ class _Pages(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.at.length, 0
-
-    def get_seq_length(self) -> int:
-        return self._cache.get_seq_length()
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class PagedCache(Cache):  # type: ignore[misc]

@@ -13,9 +13,10 @@ import contextlib
 import functools
 import inspect
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 
@@ -59,10 +60,13 @@ def blocks(length: int) -> int:
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-class _Slots(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer."""
+C = TypeVar("C", bound=Cache)
 
-    def __init__(self, cache: SlotCache) -> None:
+
+class Layer(CacheLayerMixin, Generic[C]):  # type: ignore[misc]
+    """Keys and values of one layer of a cache of ours, which take their room when the first come."""
+
+    def __init__(self, cache: C) -> None:
         super().__init__()
         self._cache = cache
 
@@ -71,8 +75,25 @@ class _Slots(CacheLayerMixin):  # type: ignore[misc]
         self.values = self._room_like(value_states)
         self.is_initialized = True
 
+    @abstractmethod
     def _room_like(self, states: torch.Tensor) -> torch.Tensor:
-        # Zeros and not just any memory: what a mask hides is still multiplied, and NaN times nothing is NaN.
+        """Room for all states that the cache is to hold of these.
+
+        Filled with zeros and not just any memory: what a mask hides is still multiplied, and NaN times nothing is NaN.
+        """
+
+    def get_seq_length(self) -> int:
+        length: int = self._cache.get_seq_length()
+        return length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Slots(Layer["SlotCache"]):
+    """A part of each slot."""
+
+    def _room_like(self, states: torch.Tensor) -> torch.Tensor:
         slots, length = self._cache.room
         return states.new_zeros((slots, states.shape[1], length, states.shape[3]))
 
@@ -106,12 +127,6 @@ class _Slots(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(self._cache.at.starts) + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return max(self._cache.at.starts)
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class _Place:
@@ -305,9 +320,7 @@ class Model:
         self.context_length = min(self.context_length, budget // least * least)
 
     def weights_bytes(self) -> int:
-        """Bytes of parameters and buffers."""
-        held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(held.values())
+        return weights_bytes(self.model)
 
     def trim(self) -> None:
         """Give memory back that torch keeps for its next allocations."""
@@ -403,6 +416,12 @@ def _kind(model: Any) -> str:
     return type(model).__name__
 
 
+def weights_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers."""
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(held.values())
+
+
 def stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, and all that the model's generation settings name."""
     named = getattr(generation, "eos_token_id", None)
@@ -448,15 +467,20 @@ def read(
     and of what rank. kind: of runner.
     Raises LoadFailed, UnsafeFormat and DoesNotFit.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(threads or physical_cores())
+    prepare(threads)
     _teach_masks()
     with (
         short_of_memory(request.device.name),
         _gguf_read_once() if request.card.format == "gguf" else contextlib.nullcontext(),
     ):
         return _read(request, kind, max_loras, max_lora_rank)
+
+
+def prepare(threads: int) -> None:
+    """Let torch have so many threads on the CPU, 0: one for each physical core, and transformers say only errors."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads or physical_cores())
 
 
 def in_slots(runner: Runner, cache_bytes: int) -> None:
@@ -498,7 +522,7 @@ def _read(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_ran
             how |= {"use_safetensors": card.format == "safetensors", "weights_only": True}
         if device.type != "cpu":
             how["device_map"] = {"": device}  # straight to the device, without a copy of all weights here
-        model = kind.family.from_pretrained(folder, config=config, dtype=_dtype(request, device), **how)
+        model = kind.family.from_pretrained(folder, config=config, dtype=dtype_of(request, device), **how)
     except (LoadFailed, ConfigError):
         raise
     except Exception as exc:
@@ -520,7 +544,7 @@ def _read(request: LoadRequest, kind: type[Runner], max_loras: int, max_lora_ran
     )
 
 
-def _dtype(request: LoadRequest, device: torch.device) -> Any:
+def dtype_of(request: LoadRequest, device: torch.device) -> Any:
     """float32 on CPU, the model's own elsewhere; what is unpacked from a GGUF has none of its own."""
     if request.dtype != "auto":
         return getattr(torch, request.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfms_cli import Device, Footprint, LoadedInfo, LoadRequest, ModelCard, Task, setting
-from hfms_engines.generation import STALL_SECONDS
+from hfms_engines.generation import TorchOptions
 from hfms_engines.memory import MIB, cache_bytes, footprint, torch_bytes, torch_weights
 from hfms_engines.text import template_text
 
@@ -27,7 +27,7 @@ TILE_BYTES = 128 * MIB
 
 
 @dataclass(frozen=True)
-class VisionOptions:
+class VisionOptions(TorchOptions):
     """Options of `[engine.vision]`."""
 
     max_images: int = setting(8, "Images that a chat may have.", ge=1)
@@ -35,22 +35,6 @@ class VisionOptions:
         50_000_000, "Pixels that the images of a chat may have together.", ge=1, le=80_000_000
     )
     max_image_bytes: int = setting(20 * 2**20, "Longest file of an image, in bytes.", ge=1)
-    max_batch: int = setting(16, "Sequences that run at once.", ge=1)
-    prefill_tokens: int = setting(
-        0,
-        "Prompt tokens that one step reads at most; 0: 128 on the CPU, where more is not faster, else 512.",
-        ge=0,
-    )
-    stall_seconds: float = setting(
-        STALL_SECONDS, "How long reading prompts may hold up answers that are under way, each step.", ge=0
-    )
-    threads: int = setting(0, "Threads on the CPU; 0: one for each physical core.", ge=0)
-    kv_cache_bytes: int = setting(
-        0, "Memory for keys and values of running sequences; 0: a quarter of what the weights leave free.", ge=0
-    )
-
-    def prefill_on(self, device: Device) -> int:
-        return self.prefill_tokens or (128 if device.torch_device == "cpu" else 512)
 
 
 class VisionEngine:

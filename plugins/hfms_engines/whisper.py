@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from hfms_cli import BadRequest, ContextLengthExceeded, LoadFailed, LoadRequest, Recording, Segment, Speech
-from hfms_engines.machine import physical_cores
+from hfms_engines.torch_runner import dtype_of, prepare, weights_bytes
 
 Pause = Callable[[], None]
 TOKENS_A_SECOND = 50
@@ -27,17 +27,16 @@ class Whisper:
 
     def __init__(self, request: LoadRequest, threads: int) -> None:
         """Raises LoadFailed."""
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        torch.set_num_threads(threads or physical_cores())
+        prepare(threads)
         folder, common = str(request.folder), {"local_files_only": True}
-        device = request.device.torch_device or "cpu"
-        dtype: Any = request.dtype
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "auto"
+        device = torch.device(request.device.torch_device or "cpu")
         self._processor = transformers.WhisperProcessor.from_pretrained(folder, **common)
         self.model = _Model.from_pretrained(
-            folder, dtype=dtype, use_safetensors=request.card.format == "safetensors", weights_only=True, **common
+            folder,
+            dtype=dtype_of(request, device),
+            use_safetensors=request.card.format == "safetensors",
+            weights_only=True,
+            **common,
         )
         self.model.to(device).eval()
         self._config = self.model.generation_config
@@ -49,8 +48,8 @@ class Whisper:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.context_length: int = self.model.config.max_target_positions
 
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+    def weights_bytes(self) -> int:
+        return weights_bytes(self.model)
 
     def check(self, speech: Speech) -> None:
         """Raises BadRequest for what no sound could make right."""
