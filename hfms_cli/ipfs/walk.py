@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -228,28 +229,35 @@ async def write_file(
                 return block
             return None
 
-        def write(at: int, pieces: list[bytes]) -> None:
+        def write(at: int, pieces: list[bytes]) -> int:
             for piece in pieces:
                 if hashed is not None:
                     hashed.update(piece)
                 if at not in right:
                     _write(file, at, piece)
                 at += len(piece)
+            return sum(map(len, pieces))
 
-        held: list[bytes] = []
-        at = size = 0
-        async with aclosing(cat(fetch, _cid(entry), have if there else None)) as pieces:
-            async for piece in pieces:
-                held.append(piece)
-                size += len(piece)
-                if size >= _WRITE:
-                    await asyncio.to_thread(write, at, held)
-                    wrote(size)
-                    at += size
-                    held, size = [], 0
-        await asyncio.to_thread(write, at, held)
+        # While one piece is hashed and written, the next one comes. The thread ends before the file is closed, however
+        # this ends: the number of a closed file may be another's already.
+        with ThreadPoolExecutor(1) as writer:
+            loop = asyncio.get_running_loop()
+            writing: asyncio.Future[int] = loop.create_future()
+            writing.set_result(0)
+            held: list[bytes] = []
+            at = size = 0
+            async with aclosing(cat(fetch, _cid(entry), have if there else None)) as pieces:
+                async for piece in pieces:
+                    held.append(piece)
+                    size += len(piece)
+                    if size >= _WRITE:
+                        wrote(await writing)
+                        writing = loop.run_in_executor(writer, write, at, held)
+                        at += size
+                        held, size = [], 0
+            wrote(await writing)
+            wrote(await loop.run_in_executor(writer, write, at, held))
         file.truncate(at + size)
-        wrote(size)
 
 
 def _opened(path: Path, resume: bool) -> BinaryIO:

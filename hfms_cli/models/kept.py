@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from hfms_cli import shelf
 from hfms_cli.errors import BadRequest, FetchFailed, ModelNotFound, VerifyFailed
 from hfms_cli.hookspecs import Progress
 from hfms_cli.ipfs import Cid, Entry, Fetch, parse, walk
@@ -47,13 +47,7 @@ class Kept:
 
     def find(self, cid: Cid) -> Manifest | None:
         """What is on this disk, where it is whole."""
-        folder = self.folder(cid)
-        try:
-            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
-            sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
-        except (OSError, ValueError, msgspec.MsgspecError):
-            return None
-        return manifest if sizes == [f.size for f in manifest.files] else None
+        return shelf.kept(self.folder(cid))
 
     def all(self) -> Iterator[tuple[Cid, Manifest]]:
         for folder in sorted(self.root.iterdir()) if self.root.is_dir() else []:
@@ -70,8 +64,7 @@ class Kept:
         folder = self.folder(cid)
         if not folder.is_dir():
             raise ModelNotFound(f"`{name}` is not on this disk.", param="model")
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
-            folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
+        shelf.delete(self.root, folder)
 
     async def fetch(
         self, cid: Cid, manifest: Manifest, chosen: Mapping[str, Entry], fetch: Fetch, progress: Progress
@@ -107,14 +100,7 @@ class Kept:
 
     def leftovers(self, about: str) -> Iterator[Leftover]:
         """What fetches that ended early have left."""
-        for left in self.root.glob(".fetch-*"):
-            with suppress(FileNotFoundError):
-                yield Leftover(
-                    about=about,
-                    size=sum(p.stat().st_blocks * 512 for p in left.rglob("*") if p.is_file()),
-                    age_seconds=time.time() - left.stat().st_mtime,
-                    paths=(str(left),),
-                )
+        return shelf.leftovers(self.root, about)
 
     @asynccontextmanager
     async def _draft(self, cid: Cid) -> AsyncGenerator[Path, None]:
@@ -138,8 +124,7 @@ class Kept:
     def _put(self, draft: Path, cid: Cid) -> None:
         folder = self.folder(cid)
         if folder.exists():  # half deleted, or by another program
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
-                folder.rename(Path(temp, "old"))
+            shelf.delete(self.root, folder)
         draft.rename(folder)
 
 

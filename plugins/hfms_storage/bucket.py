@@ -43,8 +43,8 @@ from hfms_cli import (
     Progress,
     VerifyFailed,
     Watch,
+    shelf,
 )
-from hfms_storage import shelf
 from hfms_storage.choosing import choose_files
 from hfms_storage.hub_download import Stopped, locked
 from hfms_storage.options import BucketOptions
@@ -88,7 +88,7 @@ class Bucket:
 
     async def fetch(self, manifest: Manifest, progress: Progress) -> Path:
         folder = self._folder(manifest)
-        if await asyncio.to_thread(shelf.kept, folder) is None:
+        if await asyncio.to_thread(shelf.kept_revision, folder) is None:
             with watched(progress) as (watch, stop):
                 try:
                     await asyncio.to_thread(self._fetch, manifest, folder, watch, stop)
@@ -227,7 +227,7 @@ class Bucket:
         draft = self.root / f".fetch-{folder.parent.name}-{folder.name}"
         waits = lambda: watch.say("another process fetches this model; waiting for it")  # noqa: E731
         with locked(self.root / ".locks", [draft.name.removeprefix(".fetch-")], waits, stop):
-            if shelf.kept(folder) is not None:
+            if shelf.kept_revision(folder) is not None:
                 return
             (draft / "files").mkdir(parents=True, exist_ok=True)
             os.utime(draft)
@@ -297,7 +297,7 @@ class Bucket:
         folders = [f.parent for f in self.root.glob("[!.]*/*/manifest.json")]
         folders.sort(key=lambda f: (-f.stat().st_mtime, f.name))
         seen: set[str] = set()
-        for manifest in filter(None, map(shelf.kept, folders)):
+        for manifest in filter(None, map(shelf.kept_revision, folders)):
             rest = manifest.name.rest
             yield msgspec.structs.replace(
                 manifest, name=ModelName("", rest, manifest.revision if rest in seen else None)

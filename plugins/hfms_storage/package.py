@@ -25,8 +25,7 @@ import msgspec
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress
-from hfms_storage import shelf
+from hfms_cli import BadRequest, FetchFailed, Leftover, Manifest, ModelName, ModelNotFound, Progress, shelf
 from hfms_storage.options import PackageOptions
 from hfms_storage.wheel import unpack
 
@@ -103,7 +102,7 @@ class Package:
     def _versions(self, project: str) -> Iterator[Manifest]:
         """What is kept of a package, whole, newest version first."""
         for folder in sorted((self.root / project).glob("*/"), key=_rank_of, reverse=True):
-            if manifest := shelf.kept(folder):
+            if manifest := shelf.kept_revision(folder):
                 yield manifest
 
     def _kept(self, project: str, version: Version | None) -> Manifest | None:

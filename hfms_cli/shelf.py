@@ -1,7 +1,7 @@
-"""Models that a storage keeps on this disk, each in a folder named by its revision.
+"""Models that a storage keeps on this disk, each in a folder of its own. For authors of storages.
 
-<root>/.../<revision>/manifest.json    and files/
-<root>/.fetch-...                      what is on its way, or on its way out
+<root>/.../<folder>/manifest.json    and files/
+<root>/.fetch-...                    what is on its way, or on its way out
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from hfms_cli import Leftover, Manifest
+from hfms_cli.types import Leftover, Manifest
+
+__all__ = ["delete", "kept", "kept_revision", "leftovers", "sha256"]
 
 
 def kept(folder: Path) -> Manifest | None:
@@ -25,15 +27,20 @@ def kept(folder: Path) -> Manifest | None:
         sizes = [(folder / "files" / f.safe_path()).stat().st_size for f in manifest.files]
     except (OSError, ValueError, msgspec.MsgspecError):
         return None
-    whole = manifest.revision == folder.name and sizes == [f.size for f in manifest.files]
-    return manifest if whole else None
+    return manifest if sizes == [f.size for f in manifest.files] else None
+
+
+def kept_revision(folder: Path) -> Manifest | None:
+    """The same of a folder that is named by the model's revision."""
+    manifest = kept(folder)
+    return manifest if manifest is not None and manifest.revision == folder.name else None
 
 
 def delete(root: Path, folder: Path) -> None:
     """Take a folder below `root` away, and the one around it where it was the last."""
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-", ignore_cleanup_errors=True) as temp:
         folder.rename(Path(temp, "old"))  # so that it is gone at once, or not at all
-    if not any(folder.parent.iterdir()):
+    if folder.parent != root and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
 
 
