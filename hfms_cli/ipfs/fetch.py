@@ -1,8 +1,8 @@
 """Gets blocks from whoever has them, and believes nobody: a block is its CID's, or it is asked for elsewhere.
 
 Where all of a file is wanted, and several sources have it, its blocks are asked of all of them at once (`lanes`). Where
-only one has it, that may send it as one stream (a CAR): what is missing or wrong in the stream is fetched block by
-block, and the rest of the stream is still used.
+only one has it, that may send it as one stream (`streams`): the file's bytes, cut here into its blocks, or a CAR. What
+is missing or wrong in the stream is fetched block by block, and the rest of the stream is still used.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from hfms_cli.errors import BadRequest, FetchFailed, HfmsError, NotFound, VerifyFailed
-from hfms_cli.ipfs.car import CarReader
 from hfms_cli.ipfs.cid import Cid
-from hfms_cli.ipfs.lanes import STRIKES, Lanes, Source, checked
+from hfms_cli.ipfs.lanes import Lanes, Source, checked
+from hfms_cli.ipfs.streams import CarStream, FileStream
 
 __all__ = ["PATIENCE", "Fetch", "Health", "Observe", "Source", "checked"]
 
@@ -117,19 +117,25 @@ class Fetch:
         self._lanes = Lanes(there, self._health, self._note_block, patience=patience)
         self._held: OrderedDict[bytes, bytes] = OrderedDict()
         self._held_size = 0
-        self._stream: _Stream | None = None
+        self._file: FileStream | None = None
+        self._stream: CarStream | None = None
         self._turn = asyncio.Lock()
 
-    async def get(self, cid: Cid) -> bytes:
-        """A block, checked. Raises NotFound, or what kept the sources from delivering it."""
+    async def get(self, cid: Cid, at: int | None = None, size: int | None = None) -> bytes:
+        """A block, checked. Raises NotFound, or what kept the sources from delivering it.
+
+        at, size: where its bytes are in the file that `all_of` told of, if it is known that it holds nothing else.
+        """
         if cid.inline is not None:
             return cid.inline
         if (block := self._take(cid)) is not None:
             return block
-        if self._stream is not None:
+        if self._file is not None or self._stream is not None:
             async with self._turn:
                 block = self._take(cid)
-                if block is None:
+                if block is None and self._file is not None and at is not None and size is not None:
+                    block = await self._from_file(self._file, cid, at, size)
+                if block is None and self._file is None:
                     block = await self._from_stream(cid)
             if block is not None:
                 return block
@@ -146,14 +152,20 @@ class Fetch:
                 if ahead and len(self._lanes.likely()) > 1:
                     await opened.enter_async_context(self._lanes.probing(cid))
                 if stream and (not ahead or len(self._lanes.having()) <= 1):
-                    self._stream = _Stream(cid, iter(self._lanes.likely()), self._patience)
-                    opened.push_async_callback(self._end_stream)
+                    sources = self._lanes.likely()
+                    # With a CID of version 0, the blocks of a file hold more than its bytes.
+                    file = sources[0].file(str(cid)) if ahead and cid.version and sources else None
+                    if file is not None:
+                        self._file = FileStream(sources.pop(0), file)
+                    self._stream = CarStream(cid, iter(sources), self._patience)
+                    opened.push_async_callback(self._end_streams)
             yield
 
-    async def _end_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            await stream.close()
+    async def _end_streams(self) -> None:
+        file, self._file, stream, self._stream = self._file, None, self._stream, None
+        for opened in (file, stream):
+            if opened is not None:
+                await opened.close()
 
     async def _is_here(self, cid: Cid) -> bool:
         for source in self._here:
@@ -188,6 +200,27 @@ class Fetch:
             return self._failed(name, "block_get", outcome, start)
         self._worked(name, "block_get", start, outcome)
         return None
+
+    async def _from_file(self, stream: FileStream, cid: Cid, at: int, size: int) -> bytes | None:
+        """Cut the block out of the file's bytes; None where it has to be asked for."""
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._patience):
+                block = await stream.read(at, size)
+            if block is None:
+                return None
+            await checked(cid, block)
+        except Exception as exc:
+            self._failed(stream.source.name, "cat", exc, start)
+            await stream.strike(over=not isinstance(exc, VerifyFailed))
+            if stream.over:
+                self._file = None
+                if stream.begun:  # what it has sent, others would send again
+                    self._stream = None
+            return None
+        self._worked(stream.source.name, "cat", start, block)
+        self._keep(cid, block)
+        return block
 
     async def _from_stream(self, cid: Cid) -> bytes | None:
         """Read on until the block comes; None where it has to be asked for."""
@@ -243,68 +276,6 @@ class Fetch:
         self.tried[name] = error.message
         self._health.note(name, operation, error, time.perf_counter() - start)
         return error
-
-
-class _Stream:
-    """The CAR of the first source that has the root. One that fails before its first block gives way to the next."""
-
-    def __init__(self, root: Cid, sources: Iterator[Source], patience: float) -> None:
-        self.source: Source
-        self.unasked = 0
-        self.seen: set[bytes] = set()
-        self._root = root
-        self._patience = patience
-        self._left = sources
-        self._blocks: AsyncGenerator[tuple[Cid, bytes], None] | None = None
-        self._chunks: AsyncIterator[bytes] | None = None
-        self._strikes = self._got = 0
-
-    async def ready(self) -> bool:
-        """Whether there is something to read."""
-        while self._chunks is None and not self._got:
-            source = next(self._left, None)
-            if source is None:
-                return False
-            self.source, self._chunks = source, source.car(str(self._root))
-            if self._chunks is None and await self._has_root(source):
-                self._left = iter(())  # it is asked block by block, and nobody else has to send a stream
-        return self._chunks is not None
-
-    async def _has_root(self, source: Source) -> bool:
-        try:
-            async with asyncio.timeout(self._patience):
-                return bool(await source.block_get(str(self._root)))
-        except Exception:  # the source is asked again, and then its error is noted
-            return False
-
-    async def read(self) -> tuple[Cid, bytes] | None:
-        if self._blocks is None:
-            assert self._chunks is not None
-            reader = CarReader(self._chunks)
-            await reader.header()
-            self._blocks = reader.blocks()
-        found = await anext(self._blocks, None)
-        self._got += found is not None
-        if found is None and not self._got:
-            raise NotFound("It sends a CAR without blocks.")
-        if found is None:
-            await self.close()
-        else:
-            self.seen.add(found[0].digest)
-        return found
-
-    async def strike(self, *, over: bool) -> None:
-        """Count a fault; the last one, or one that is `over`, ends the stream."""
-        self._strikes += 1
-        if over or self._strikes >= STRIKES:
-            await self.close()
-
-    async def close(self) -> None:
-        for generator in (self._blocks, self._chunks):
-            if isinstance(generator, AsyncGenerator):
-                with suppress(HfmsError, RuntimeError):
-                    await generator.aclose()
-        self._blocks = self._chunks = None
 
 
 def told(name: str, exc: Exception, patience: float) -> HfmsError:

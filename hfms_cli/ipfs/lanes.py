@@ -50,6 +50,10 @@ class Source(Protocol):
         """All blocks below a CID as a CAR, depth first; None where the source sends only single blocks."""
         ...
 
+    def file(self, cid: str) -> AsyncIterator[bytes] | None:
+        """A file's bytes, in order; None where the source does not send them, or not sooner than a CAR."""
+        ...
+
 
 class Resting(Protocol):
     def resting(self, name: str) -> bool:

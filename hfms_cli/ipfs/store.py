@@ -1,6 +1,6 @@
 """The base of stores: write four methods, and the others come with them, checked.
 
-block_get(cid), put_blocks(blocks), pin(cid), unpin(cid)    and, where there is one, `car(cid)`
+block_get(cid), put_blocks(blocks), pin(cid), unpin(cid)    and, where there is one, `car(cid)` or `file(cid)`
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class BlockStore:
 
     def car(self, cid: str) -> AsyncIterator[bytes] | None:
         """All blocks below a CID as one CAR; None where the store sends only single blocks."""
+        return None
+
+    def file(self, cid: str) -> AsyncIterator[bytes] | None:
+        """A file's bytes, in order; None where the store does not send them, or not sooner than a CAR."""
         return None
 
     async def put_blocks(self, blocks: AsyncIterator[Block]) -> None:

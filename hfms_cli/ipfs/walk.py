@@ -345,7 +345,8 @@ async def _ahead(
 async def _one(fetch: Fetch, cid: Cid, at: int, size: int | None, have: Have | None) -> bytes:
     if have is not None and (block := await have(cid, at, size)) is not None:
         return block
-    return await fetch.get(cid)
+    # A raw block is its part of the file and nothing else.
+    return await (fetch.get(cid, at, size) if cid.codec == CODECS["raw"] else fetch.get(cid))
 
 
 def _entry(link: Link, node: Node) -> Entry:

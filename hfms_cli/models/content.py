@@ -222,6 +222,9 @@ class _Foreign:
     def car(self, cid: str) -> AsyncIterator[bytes]:
         return self.store.dag_export(cid)
 
+    def file(self, cid: str) -> None:
+        return None
+
 
 def is_content_store(storage: object) -> bool:
     """Whether a storage has the content-addressed verbs."""

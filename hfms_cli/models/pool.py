@@ -233,6 +233,14 @@ class Pool:
                     why = f"It is not on this disk; `hfms models pull {meant.name}` fetches it."
         raise ModelNotFound.named(name, (n for n in self.names() if caller.may_use(n) and n != name), why)
 
+    async def _by_revision(self, name: str) -> ServedModel | None:
+        """The model of the pool that calls by a name with a revision go to."""
+        with contextlib.suppress(BadRequest):
+            meant = self._meant_by(name).name
+            if meant.revision is not None and (there := await self.loader.router.on_disk(meant)):
+                return self._same(meant, there)
+        return None
+
     def _same(self, name: ModelName, there: Manifest) -> ServedModel | None:
         """The model of the pool that a name with a revision means, whatever that model is called there."""
         if name.revision is None:
@@ -466,7 +474,7 @@ class Pool:
 
     async def unload(self, name: str, drain_seconds: float = 30.0) -> ServedModel:
         """Let the calls in flight finish, end the processes and forget the model. Raises ModelNotFound."""
-        model = self.find(name)
+        model = self.find(name) or await self._by_revision(name)
         if model is None:
             raise ModelNotFound.named(name, self.names())
         model.unloading = model.forgotten = True

@@ -80,6 +80,9 @@ class Gateway:
     def car(self, cid: str) -> AsyncIterator[bytes]:
         return self._car(cid)
 
+    def file(self, cid: str) -> None:
+        return None  # trustless gateways send blocks
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()

@@ -56,7 +56,10 @@ class Kubo(BlockStore):
         return await self._call("block/get", str(parse(cid)))
 
     def car(self, cid: str) -> AsyncIterator[bytes]:
-        return self._car(str(parse(cid)))
+        return self._sent("dag/export", str(parse(cid)))
+
+    def file(self, cid: str) -> AsyncIterator[bytes]:
+        return self._sent("cat", str(parse(cid)))
 
     async def put_blocks(self, blocks: AsyncIterator[Block]) -> None:
         # Not tried on one road and then on the other: the blocks come only once.
@@ -99,9 +102,9 @@ class Kubo(BlockStore):
     async def close(self) -> None:
         await self._rpc.close()
 
-    async def _car(self, cid: str) -> AsyncGenerator[bytes, None]:
+    async def _sent(self, command: str, cid: str) -> AsyncGenerator[bytes, None]:
         road = await self._road()
-        async with aclosing(road.stream("dag/export", cid)) as chunks:
+        async with aclosing(road.stream(command, cid)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -10,7 +10,7 @@ From a Hub: `hfms models pull` beside huggingface_hub's own `hf download`. That 
 
 From an IPFS node: `hfms ipfs get`, which checks every block, and `hfms models pull`, which also hashes each file,
 beside what the program `ipfs get` does: it has the node make a tar and unpacks that (here `curl | tar`, as no package
-brings the program), and believes the node.
+brings the program), and believes the node; a third column adds `sha256sum` again.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def environ(folder: Path, **variables: str) -> dict[str, str]:
     return kept | {name: str(folder / where) for name, where in own.items()} | variables
 
 
+def hashed(folder: Path, files: str) -> float:
+    return timed(["sha256sum", *(str(p) for p in folder.rglob(files) if p.is_file())], os.environ)
+
+
 # --- from a Hub ---
 
 
@@ -73,11 +77,7 @@ def pulls_from_hub(url: str) -> dict[str, Pull]:
         program = Path(sys.executable).with_name("hf")
         return timed([str(program), "download", REPO], environ(folder, HF_ENDPOINT=url))
 
-    def hashed(folder: Path) -> float:
-        seconds = hf(folder)
-        return seconds + timed(["sha256sum", *(str(p) for p in folder.rglob("blobs/*") if p.is_file())], os.environ)
-
-    return {"hfms": hfms, "hf": hf, "hf and sha256sum": hashed}
+    return {"hfms": hfms, "hf": hf, "hf and sha256sum": lambda folder: hf(folder) + hashed(folder, "blobs/*")}
 
 
 def from_hub(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,7 +119,12 @@ def pulls_from_node(api: str, cid: str) -> dict[str, Pull]:
         env = environ(folder, IPFS_API=api, HFMS_STORAGE_ORDER="kubo")
         return timed([*HFMS, "models", "pull", f"ipfs://{cid}"], env)
 
-    return {"hfms": get, "the node's get": node, "hfms models pull": pull}
+    return {
+        "hfms": get,
+        "the node's get": node,
+        "and sha256sum": lambda folder: node(folder) + hashed(folder, "*.safetensors"),
+        "hfms models pull": pull,
+    }
 
 
 async def added(api: str, folder: Path) -> str:
@@ -147,7 +152,7 @@ def in_turns(pulls: Mapping[str, Pull], args: argparse.Namespace) -> dict[str, A
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory(prefix="hfms-pulls-") as temp:
         for number in range(args.rounds + 1):
-            for kind in kinds[number % 3 :] + kinds[: number % 3]:
+            for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
                 folder = Path(temp, "into")
                 folder.mkdir()
                 took = pulls[kind](folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Blocks:
     """Single blocks that it was asked for, in order."""
     cut: int | None = None
     """After how many blocks a stream breaks off."""
+    whole: Sequence[bytes] | None = None
+    """What it sends as a file's bytes, chunk by chunk."""
 
     async def block_get(self, cid: str) -> bytes:
         self.asked.append(parse(cid))
@@ -39,6 +41,15 @@ class Blocks:
 
     def car(self, cid: str) -> AsyncIterator[bytes] | None:
         return self._car(parse(cid)) if self.streams else None
+
+    def file(self, cid: str) -> AsyncIterator[bytes] | None:
+        return None if self.whole is None else self._file(self.whole)
+
+    async def _file(self, chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
+        if self.error:
+            raise self.error
+        for chunk in chunks:
+            yield chunk
 
     async def _car(self, root: Cid) -> AsyncIterator[bytes]:
         if self.error:

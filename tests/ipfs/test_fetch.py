@@ -4,9 +4,12 @@ import asyncio
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hfms_cli.errors import FetchFailed, NotFound, Unavailable, VerifyFailed
 from hfms_cli.ipfs import Cid, Fetch, Health, blocks_of_bytes, walk
+from hfms_cli.ipfs.streams import FileStream
 from tests.ipfs.blocks import Blocks
 
 DATA = random.Random(3).randbytes(20_000)
@@ -64,6 +67,71 @@ async def test_a_source_without_the_file_leaves_the_stream_to_the_next():
     full = Blocks(dict(MADE), "full", streams=True)
     assert await read(Fetch([empty, full])) == DATA
     assert full.asked == [ROOT]
+
+
+async def test_a_files_bytes_are_cut_into_its_blocks_and_each_is_checked():
+    source = Blocks(dict(MADE), "source", streams=True, whole=[DATA[:777], DATA[777:]])
+    fetch = Fetch([source])
+    assert await read(fetch) == DATA
+    assert source.asked == [ROOT]
+    assert fetch.served_bytes == {"source": 20_000 + len(MADE[-1][1])}
+
+
+async def test_only_the_bad_block_of_a_files_bytes_is_fetched_elsewhere():
+    liar = Blocks(dict(MADE), "liar", whole=[DATA[:1600] + b"wrong" + DATA[1605:]])
+    honest = Blocks(PARTS, "honest")
+    fetch = Fetch([liar, honest], Health(clock=lambda: 0.0))
+    assert await read(fetch) == DATA
+    assert set(honest.asked) == {ROOT, MADE[3][0]}
+    assert "are not those of" in fetch.tried["liar"]
+
+
+@pytest.mark.parametrize("whole", [[DATA[:5100]], [DATA[:5100], b"?" * 20_000], [b"?" * 20_000]])
+async def test_a_files_bytes_that_end_early_or_are_wrong_are_finished_by_others(whole):
+    bad = Blocks({ROOT: dict(MADE)[ROOT]}, "bad", whole=whole)
+    honest = Blocks(PARTS, "honest")
+    assert await read(Fetch([bad, honest])) == DATA
+
+
+async def test_a_source_that_cannot_send_a_files_bytes_leaves_them_to_the_next_ones_stream():
+    class Node(Blocks):
+        async def _file(self, chunks):
+            raise FetchFailed("It does not know that command.")
+            yield b""
+
+    node, other = Node(dict(MADE), "node", whole=[]), Blocks(PARTS, "other", streams=True)
+    other.depth_first = lambda root: PARTS  # it streams what it has, though it has not the root
+    fetch = Fetch([node, other])
+    assert await read(fetch) == DATA
+    assert fetch.tried["node"] == "It does not know that command."
+    assert fetch.served["other"] == len(PARTS)
+
+
+async def test_blocks_that_a_file_holds_many_times_keep_their_places_in_its_bytes():
+    data = bytes(3000) + DATA[:700] + bytes(2000) + DATA[:700]
+    made = list(blocks_of_bytes(data, chunker="size-500"))
+    source = Blocks({made[-1][0]: made[-1][1]}, "source", whole=[data[i : i + 64] for i in range(0, len(data), 64)])
+    assert b"".join([piece async for piece in walk.cat(Fetch([source]), made[-1][0])]) == data
+    assert set(source.asked) == {made[-1][0]}
+
+
+@given(st.lists(st.integers(1, 9)), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20))))
+async def test_a_files_bytes_are_read_from_any_place_on_however_they_come(chunks, wanted):
+    async def coming():
+        at = 0
+        for size in [*chunks, 10**6]:
+            yield DATA[at : at + size]
+            at += size
+
+    stream, at = FileStream(Blocks({}), coming()), 0
+    for skip, size in wanted:
+        at += skip
+        assert await stream.read(at, size) == DATA[at : at + size]
+        at += size
+        assert await stream.read(at - 1, 1) is None  # it has gone by
+    assert await stream.read(at, 2**40) is None
+    with pytest.raises(FetchFailed):
+        await stream.read(len(DATA), 1)
 
 
 async def test_what_is_on_this_disk_is_asked_of_nobody_else():

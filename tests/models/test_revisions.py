@@ -64,6 +64,9 @@ async def test_a_commit_and_a_name_that_stands_for_it_are_one_model(serve, two_r
         for name in ("org/tiny@v2", f"org/tiny@{SECOND}"):
             assert (await server.post("/v1/completions", {"model": name, "prompt": "hi"}))[0] == 200
         assert [m.id for m in server.runtime.pool.models()] == ["org/tiny@v2"]
+        status, body = await server.post("/models/unload", {"model": f"org/tiny@{SECOND}"})
+        assert (status, body["id"]) == (200, "org/tiny@v2")
+        assert (await server.post("/models/unload", {"model": f"org/tiny@{SECOND}"}))[0] == 404
 
 
 async def test_an_alias_of_the_configuration_may_name_a_revision(serve, two_revisions):

@@ -233,7 +233,8 @@ class Hub:
                 await asyncio.sleep(self.slowly)
             await response.write_eof()
         except ConnectionError:
-            request.transport.close()
+            if request.transport is not None:
+                request.transport.close()
         finally:
             self.sent.append((path, first, gone))
         return response
