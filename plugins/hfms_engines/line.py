@@ -36,7 +36,7 @@ class Waiter(Protocol):
 
     @property
     def key(self) -> str:
-        """Whose it is."""
+        """Whose it is; empty: the server's own, its first call after a load."""
         ...
 
 
@@ -101,7 +101,8 @@ class Line(Generic[W]):
         if not self._present[waiter.key]:
             del self._present[waiter.key]
             self._left.pop(waiter.key, None)
-            self._left[waiter.key] = self._clock()
+            if waiter.key:  # the server itself does not come again
+                self._left[waiter.key] = self._clock()
             if not self._present or len(self._had) > _ACCOUNTS:
                 self._had = {key: self._had[key] for key in self._present}
 

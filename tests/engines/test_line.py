@@ -130,6 +130,15 @@ def test_a_key_crowds_others_while_it_has_several_calls_and_they_may_come_again(
     assert not line.crowds("many")  # one call is no crowd
 
 
+def test_nobody_makes_room_for_the_servers_own_first_call_once_it_is_over(line):
+    warm_up = Waiter("warm-up", key="")
+    line.enter(warm_up)
+    line.leave(warm_up)
+    for name in ("one", "two"):
+        line.enter(Waiter(name, key="many"))
+    assert not line.crowds("many")
+
+
 def test_who_waits_again_is_before_those_of_its_key(line):
     one, two = Waiter("one"), Waiter("two")
     line.enter(one)
