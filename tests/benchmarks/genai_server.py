@@ -19,8 +19,9 @@ import itertools
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -134,20 +135,27 @@ def serve(model: str, precisions: dict[str, str], port: int) -> None:
     web.run_app(listen(), host="127.0.0.1", port=port, loop=uvloop.new_event_loop(), access_log=None, print=None)
 
 
-def run_alone(model: str, precisions: dict[str, str]) -> None:
-    """Measure the engine without a server: each line of stdin is a job, each of stdout its outcomes.
+class AnyEngine(Protocol):
+    """What is asked by token ids."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def add(self, key: int, ids: list[int], limit: int) -> None: ...
+
+    def step(self) -> list[tuple[int, list[int], bool]]: ...
+
+
+def do_jobs(engine: AnyEngine, encode: Callable[[str], list[int]]) -> None:
+    """Measure an engine without a server: each line of stdin is a job, each of stdout its outcomes.
 
     A job is `{"prompts": [text], "width": requests in flight, "limit": tokens of each}`. Times are of the monotonic
     clock that all processes of a machine share.
     """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-    engine = Engine(model, precisions)
     print("ready", flush=True)
     for line in sys.stdin:
         job = msgspec.json.decode(line)
-        prompts = [tokenizer.encode(text).ids for text in job["prompts"]]
+        prompts = [encode(text) for text in job["prompts"]]
         outcomes: list[dict[str, Any]] = [{"prompt_tokens": len(p), "output_tokens": 0, "times": []} for p in prompts]
         waiting = iter(range(len(prompts)))
 
@@ -173,6 +181,14 @@ def run_alone(model: str, precisions: dict[str, str]) -> None:
                 if ended:
                     send(next(waiting, None))
         print(msgspec.json.encode(outcomes).decode(), flush=True)
+
+
+def run_alone(model: str, precisions: dict[str, str]) -> None:
+    """The pipeline without a server."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    do_jobs(Engine(model, precisions), lambda text: tokenizer.encode(text).ids)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hfms_cli.engines.host import SPINS
 from tests.benchmarks.install import HERE, TORCH, call, gguf, once, safetensors, venv, version
 
 REPOSITORY = HERE.parents[1]
@@ -100,6 +101,19 @@ class Hfms(Peer):
         env = {**OUR_ENV, "HFMS_CACHE_DIR": str(folder / "cache"), "HFMS_STATE_DIR": str(folder / "state")}
         options = ["--config", str(file), "--port", str(port)]
         return Start([str(python), "-m", "hfms_cli", "serve", str(model), *options], env, model=str(model))
+
+
+class HfmsAlone(Hfms):
+    """The engine of hfms in a process of its own, without its server."""
+
+    name = "hfms-alone"
+
+    def start(self, cache: Path, precision: str, port: int) -> Start:
+        served = super().start(cache, precision, port)
+        file = str(cache / self.name / f"{precision}.toml")
+        engine = "llama_cpp" if precision == "Q4_1" else "openvino"
+        module = ["-m", "tests.benchmarks.hfms_alone", served.model, engine, "--config", file]
+        return Start([sys.executable, *module], {**served.env, "GOMP_SPINCOUNT": SPINS}, alone=True)
 
 
 class HfmsNative(Hfms):
@@ -331,6 +345,7 @@ class Vllm(Peer):
 
 PEERS: list[Peer] = [
     Hfms(),
+    HfmsAlone(),
     HfmsNative(),
     GenAI(),
     GenAIAlone(),
