@@ -37,8 +37,8 @@ SHORT = {"bfloat16": "bf16", "float32": "f32"}
 # In bfloat16 OpenVINO 2026.4 divides by zero where it has one thread.
 _LEAST_THREADS = {"float32": 1, "bfloat16": 2}
 
-# For each new number of tokens in a pass OpenVINO makes code, which in float32 takes as long as reading 10 to 40 tokens,
-# and keeps only some of it. So a pass of more than `_EXACT` tokens is filled up to a multiple of `_STEP`.
+# For each new number of tokens in a pass OpenVINO makes code, which in float32 takes as long as reading 10 to 40 of
+# them, and keeps only some of it. So a pass of more than `_EXACT` tokens is filled up to a multiple of `_STEP`.
 _EXACT, _STEP = 32, 8
 
 # Blocks of a cache that is only tried out.
