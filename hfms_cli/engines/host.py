@@ -46,6 +46,8 @@ class HostOptions:
     max_calls: int = 256
     heartbeat_seconds: float = 60.0
     load_seconds: float = 600.0
+    spins: bool = False
+    """As `hookspecs.Engine` has it."""
 
 
 @dataclass
@@ -56,11 +58,24 @@ class _Pending:
     owed: Owed
 
 
-SPINS = "1000"
-"""Of libgomp's, some tens of microseconds."""
+SPINS, LONG_SPINS = "1000", "10000"
+"""Of libgomp's, some tens of microseconds, and some hundreds."""
+SPINNER = "\0hfms-spins"
+"""A name that one process of a machine can have: its worker may spin long. Where there are no such names, none does."""
 
 
-def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
+def _spinner() -> socket.socket | None:
+    """The right to a worker that spins long, until this is closed; None while another has it."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(SPINNER)
+    except OSError:
+        name.close()
+        return None
+    return name
+
+
+def worker_environ(environ: Mapping[str, str], spins: str = SPINS) -> dict[str, str]:
     """The variables of a worker process.
 
     It needs no key of ours, and no address of a store, which may hold a password: a model's own code could read them
@@ -70,7 +85,7 @@ def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """
     kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET", "_STORE"))}
     if "OMP_WAIT_POLICY" not in kept:
-        kept.setdefault("GOMP_SPINCOUNT", SPINS)
+        kept.setdefault("GOMP_SPINCOUNT", spins)
     return kept
 
 
@@ -103,6 +118,7 @@ class EngineHost:
         self._writer: asyncio.StreamWriter | None = None
         self._unsent: list[bytes] = []
         self._stderr_task: asyncio.Task[None]
+        self._spinner: socket.socket | None = None
         self._temporary = ""
         """The process's own folder for temporary files, which goes when it goes, however it went."""
 
@@ -252,13 +268,15 @@ class EngineHost:
             await self._reap()
         elif not self.pid and self._writer is not None:
             self._writer.close()  # a process that was about to start finds nobody, and ends
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._clean_up()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
 
     async def _spawn(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="hfms-")
+        self._spinner = _spinner() if self._options.spins else None
+        environ = worker_environ(os.environ, LONG_SPINS if self._spinner else SPINS)
         ours, theirs = socket.socketpair()
         # Connected first: from the moment there is a process, nothing else can be interrupted before it is known.
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -271,7 +289,7 @@ class EngineHost:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C in the terminal must not reach it
-                env=worker_environ(os.environ) | {"TMPDIR": self._temporary},
+                env=environ | {"TMPDIR": self._temporary},
             )
         self.pid = self._process.pid
         self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
@@ -337,7 +355,7 @@ class EngineHost:
             return self.ended.result()
         assert self._writer is not None
         self._writer.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._clean_up()
         self.ended.set_result(self._reason(code))
         if not self._closing:
             log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())
@@ -347,6 +365,11 @@ class EngineHost:
             if not answer.done():
                 answer.set_exception(self._died())
         return self.ended.result()
+
+    def _clean_up(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._spinner is not None:
+            self._spinner.close()
 
     def _reason(self, code: int) -> str:
         said = f": {self._stderr[-1]}" if self._stderr else ""

@@ -358,6 +358,7 @@ class Loader:
             max_calls=config.engine.max_calls,
             heartbeat_seconds=config.engine.heartbeat_seconds,
             load_seconds=config.models.load_seconds,
+            spins=getattr(candidate.engine, "spins", False),
         )
 
 

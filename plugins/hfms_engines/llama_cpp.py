@@ -52,6 +52,7 @@ class LlamaCppEngine:
     name = "llama_cpp"
     tasks: tuple[Task, ...] = ("generate",)
     packages = ("xllamacpp",)
+    spins = True
 
     def __init__(self, options: LlamaCppOptions = LlamaCppOptions()) -> None:
         self.options = options

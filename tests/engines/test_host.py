@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
@@ -182,6 +183,28 @@ def test_a_workers_threads_spin_only_briefly_unless_the_operator_says_otherwise(
     assert worker_environ({})["GOMP_SPINCOUNT"] == "1000"
     assert worker_environ({"GOMP_SPINCOUNT": "100"})["GOMP_SPINCOUNT"] == "100"
     assert worker_environ({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}
+
+
+async def test_of_the_workers_that_would_spin_long_one_does_until_it_ends(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr("hfms_cli.engines.host.SPINNER", f"\0hfms-test-{os.getpid()}")
+
+    async def started(**more) -> tuple[EngineHost, str]:
+        host = await EngineHost.start("m", REQUEST, dataclasses.replace(options(), **more))
+        return host, psutil.Process(host.pid).environ()["GOMP_SPINCOUNT"]
+
+    plain, spins = await started()
+    assert spins == "1000"
+    first, spins = await started(spins=True)
+    assert spins == "10000"
+    second, spins = await started(spins=True)
+    assert spins == "1000"
+    await first.kill("the test ends it")
+    third, spins = await started(spins=True)
+    assert spins == "10000"
+    for host in (plain, second, third):
+        await host.close()
 
 
 def test_a_worker_sees_no_key_and_no_password_of_a_store():
