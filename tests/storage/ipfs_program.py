@@ -10,7 +10,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-COMMANDS = {"version": (), "block get": (), "pin add": (), "pin rm": (), "dag export": (), "dag import": ("pin-roots",)}
+COMMANDS = {
+    **dict.fromkeys(("version", "cat", "block get", "pin add", "pin rm", "dag export"), ()),
+    "dag import": ("pin-roots",),
+}
 
 
 def main(words: list[str]) -> int:
@@ -25,7 +28,7 @@ def main(words: list[str]) -> int:
             options[name] = value
         else:
             arguments.append(word)
-    command = " ".join(arguments[:2]) if arguments[:1] != ["version"] else "version"
+    command = " ".join(arguments[:1] if arguments[0] in COMMANDS else arguments[:2])
     rest = arguments[len(command.split()) :]
     unknown = [n for n in options if n not in ("timeout", *COMMANDS.get(command, ()))]
     if command not in COMMANDS or unknown or len(rest) > 1:

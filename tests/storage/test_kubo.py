@@ -2,12 +2,14 @@
 
 import random
 import sys
+from collections import Counter
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from hfms_cli import FetchFailed, NotFound, VerifyFailed
-from hfms_cli.ipfs import Cid, blocks_of_bytes, car_header, car_section, walk
+from hfms_cli.ipfs import Cid, Fetch, Health, blocks_of_bytes, car_header, car_section, parse, walk
 from hfms_cli.models.content import Content
 from hfms_storage.hf_cache import HfCache, HfCacheOptions
 from hfms_storage.kubo import Kubo, KuboOptions, _url
@@ -66,6 +68,25 @@ async def test_a_node_that_serves_wrong_bytes_is_found_out_and_written_nowhere(k
     assert (tmp_path / "out").read_bytes() == some(3)
     assert fetch.served["hf_cache"] == 1
     assert "are not those of" in fetch.tried["kubo"]
+
+
+@pytest.mark.parametrize("road", ["RPC", "program"])
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [({"cid-version": "1", "raw-leaves": "true"}, "cat"), ({"cid-version": "0", "raw-leaves": "false"}, "dag_export")],
+)
+async def test_a_file_comes_as_its_bytes_where_its_blocks_hold_nothing_else(node, monkeypatch, road, options, sent):
+    monkeypatch.setenv("IPFS_TEST_API", node.api)
+    program = KuboOptions(api="http://127.0.0.1:9", command=PROGRAM)
+    store = Kubo(KuboOptions(api=node.api, command="") if road == "RPC" else program)
+    data = some(5, 1_500_000)
+    cid, seen = parse(await node.add(data, **options)), Counter()
+    fetch = Fetch([store], Health(observe=lambda source, operation, status, *_: seen.update([(operation, status)])))
+    async with aclosing(walk.cat(fetch, cid)) as pieces:
+        assert b"".join([piece async for piece in pieces]) == data
+    assert seen[sent, "ok"] >= 6
+    assert seen["block_get", "ok"] <= 3
+    await store.close()
 
 
 async def test_a_block_that_nobody_has_is_an_error_after_its_time(node):
