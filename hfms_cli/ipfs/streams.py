@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 
@@ -14,7 +15,20 @@ from hfms_cli.ipfs.lanes import STRIKES, Source
 __all__ = ["CarStream", "FileStream"]
 
 
-class CarStream:
+class _Stream(ABC):
+    _strikes = 0
+
+    async def strike(self, *, over: bool) -> None:
+        """Count a fault; the last one, or one that is `over`, ends the stream."""
+        self._strikes += 1
+        if over or self._strikes >= STRIKES:
+            await self.close()
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class CarStream(_Stream):
     """The CAR of the first source that has the root. One that fails before its first block gives way to the next."""
 
     def __init__(self, root: Cid, sources: Iterator[Source], patience: float) -> None:
@@ -26,7 +40,7 @@ class CarStream:
         self._left = sources
         self._blocks: AsyncGenerator[tuple[Cid, bytes], None] | None = None
         self._chunks: AsyncIterator[bytes] | None = None
-        self._strikes = self._got = 0
+        self._got = 0
 
     async def ready(self) -> bool:
         """Whether there is something to read."""
@@ -62,19 +76,13 @@ class CarStream:
             self.seen.add(found[0].digest)
         return found
 
-    async def strike(self, *, over: bool) -> None:
-        """Count a fault; the last one, or one that is `over`, ends the stream."""
-        self._strikes += 1
-        if over or self._strikes >= STRIKES:
-            await self.close()
-
     async def close(self) -> None:
         await _close(self._blocks)
         await _close(self._chunks)
         self._blocks = self._chunks = None
 
 
-class FileStream:
+class FileStream(_Stream):
     """A file's bytes from one source, cut into the blocks that they should be by those who know where each begins."""
 
     def __init__(self, source: Source, chunks: AsyncIterator[bytes]) -> None:
@@ -85,7 +93,6 @@ class FileStream:
         self._buffer = bytearray()
         self._at = 0
         """Where in the file the buffer begins."""
-        self._strikes = 0
 
     @property
     def over(self) -> bool:
@@ -117,12 +124,6 @@ class FileStream:
         count = min(to - self._at, len(self._buffer))
         del self._buffer[:count]
         self._at += count
-
-    async def strike(self, *, over: bool) -> None:
-        """Count a fault; the last one, or one that is `over`, ends the stream."""
-        self._strikes += 1
-        if over or self._strikes >= STRIKES:
-            await self.close()
 
     async def close(self) -> None:
         await _close(self._chunks)
