@@ -64,7 +64,7 @@ SPINNER = "\0hfms-spins"
 """A name that one process of a machine can have: its worker may spin long. Where there are no such names, none does."""
 
 
-def _spinner() -> socket.socket | None:
+def _right_to_spin() -> socket.socket | None:
     """The right to a worker that spins long, until this is closed; None while another has it."""
     name = socket.socket(socket.AF_UNIX)
     try:
@@ -119,6 +119,7 @@ class EngineHost:
         self._unsent: list[bytes] = []
         self._stderr_task: asyncio.Task[None]
         self._spinner: socket.socket | None = None
+        """Held while this is the worker of the machine that may spin long."""
         self._temporary = ""
         """The process's own folder for temporary files, which goes when it goes, however it went."""
 
@@ -275,7 +276,7 @@ class EngineHost:
 
     async def _spawn(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="hfms-")
-        self._spinner = _spinner() if self._options.spins else None
+        self._spinner = _right_to_spin() if self._options.spins else None
         environ = worker_environ(os.environ, LONG_SPINS if self._spinner else SPINS)
         ours, theirs = socket.socketpair()
         # Connected first: from the moment there is a process, nothing else can be interrupted before it is known.

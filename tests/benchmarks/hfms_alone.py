@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import psutil
-
-from hfms_cli import Call, Device, LoadRequest, Sampling, TokensOf
+from hfms_cli import Call, LoadRequest, Sampling, TokensOf
 from hfms_cli.config import load_config
 from hfms_cli.models.inspect import inspect
 from hfms_cli.plugins import discover
+from hfms_hardware.cpu import Cpu
 from tests.benchmarks.genai_server import do_jobs
 
 
@@ -24,15 +23,7 @@ class Engine:
 
     def __init__(self, model: Path, name: str, config_file: Path) -> None:
         config = load_config(config_file)
-        memory = psutil.virtual_memory()
-        device = Device(
-            id="cpu",
-            kind="cpu",
-            name="cpu",
-            total_bytes=memory.total,
-            free_bytes=memory.available,
-            torch_device="cpu",
-        )
+        (device,) = Cpu().probe().devices
         folder = model.parent if model.is_file() else model
         request = LoadRequest(folder=folder, card=inspect(model), device=device, dtype=config.models.dtype)
         self._model = discover(config).create("engine", name, config).load(request)

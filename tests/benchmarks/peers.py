@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfms_cli.engines.host import SPINS
+from hfms_cli.engines.host import LONG_SPINS, SPINS
 from tests.benchmarks.install import HERE, TORCH, call, gguf, once, safetensors, venv, version
 
 REPOSITORY = HERE.parents[1]
@@ -111,9 +111,9 @@ class HfmsAlone(Hfms):
     def start(self, cache: Path, precision: str, port: int) -> Start:
         served = super().start(cache, precision, port)
         file = str(cache / self.name / f"{precision}.toml")
-        engine = "llama_cpp" if precision == "Q4_1" else "openvino"
+        engine, spins = ("llama_cpp", LONG_SPINS) if precision == "Q4_1" else ("openvino", SPINS)
         module = ["-m", "tests.benchmarks.hfms_alone", served.model, engine, "--config", file]
-        return Start([sys.executable, *module], {**served.env, "GOMP_SPINCOUNT": SPINS}, alone=True)
+        return Start([sys.executable, *module], {**served.env, "GOMP_SPINCOUNT": spins}, alone=True)
 
 
 class HfmsNative(Hfms):
