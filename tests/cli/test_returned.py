@@ -37,6 +37,13 @@ def resident(server: psutil.Process) -> int:
     return sum(p.memory_info().rss for p in [server, *server.children(recursive=True)])
 
 
+async def connections_closed(server: psutil.Process) -> None:
+    """A client has its answer before the server has closed the connection."""
+    async with asyncio.timeout(10):
+        while any(c.status != psutil.CONN_LISTEN for c in server.net_connections(kind="tcp")):
+            await asyncio.sleep(0.01)
+
+
 @pytest.fixture
 def temporary(tmp_path) -> Path:
     folder = tmp_path / "tmp"
@@ -65,6 +72,7 @@ async def test_after_each_unload_everything_that_the_load_took_is_back(hfms_serv
             loaded = resident(server)
             async with session.post("/models/unload", json={"model": model}) as response:
                 assert response.status == 200
+            await connections_closed(server)
             sizes.append(resident(server))
             states.append(held(server, temporary))
             assert loaded - sizes[-1] > size
