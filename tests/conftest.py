@@ -136,7 +136,9 @@ def serve(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file = tmp_path / f"hfms-{os.urandom(4).hex()}.toml"
         file.write_text(toml)
         config = load_config(file, environ=environ | (env or {}))
-        runtime = Runtime.build(config, discover(config))
+        plugins = discover(config)
+        hardware = [plugins.create("hardware", name, config) for name in config.hardware.preferred]
+        runtime = Runtime.build(config, plugins, hardware)
         runner = Runner(build_app(runtime), shutdown_timeout=0.5)
         await runner.setup()
         try:

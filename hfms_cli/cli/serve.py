@@ -52,7 +52,9 @@ def serve(
 ) -> None:
     """Serve models over the OpenAI API until Ctrl-C; a second Ctrl-C does not wait for calls in flight."""
     from hfms_cli.config import load_config
+    from hfms_cli.garbage import collect_rarely
 
+    collect_rarely()
     flags: dict[str, dict[str, Any]] = {
         "server": {"host": host, "port": port, "workers": workers, "insecure": insecure},
         "models": {
@@ -75,13 +77,20 @@ def serve(
 
 
 async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, Any]]) -> None:
+    from hfms_cli.plugins import discover
+
+    plugins = discover(config)
+    hardware = [plugins.create("hardware", name, config) for name in config.hardware.preferred]
+    # Some takes half a second to say what it is. It is asked while the rest is imported and built.
+    probing = asyncio.get_running_loop().run_in_executor(None, lambda: [kind.probe() for kind in hardware])
+
     from aiohttp import web
     from rich.console import Console
 
     from hfms_cli.errors import BadRequest, ConfigError
+    from hfms_cli.garbage import settle
     from hfms_cli.models import names
     from hfms_cli.models.adapters import read_module
-    from hfms_cli.plugins import discover
     from hfms_cli.serving.listen import listen
     from hfms_cli.serving.owner import Fronts
     from hfms_cli.serving.runtime import Runtime
@@ -98,7 +107,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
         except BadRequest as exc:
             raise ConfigError(exc.message, param="serve") from exc
     adapters = [read_module(text) for text in config.models.lora_modules]
-    runtime = Runtime.build(config, discover(config))
+    runtime = Runtime.build(config, plugins, hardware)
     runner = Runner(build_app(runtime))
     await runner.setup()
     async with contextlib.AsyncExitStack() as opened:
@@ -112,6 +121,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
                 "with --host and --port",
                 param="port",
             ) from exc
+        await probing
         for sock in own:
             await web.SockSite(runner, sock).start()
         if others:
@@ -131,6 +141,7 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
         runtime.pool.adapters.preload(adapters, loads)
         host, port = own[0].getsockname()[:2]
         _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        settle()
         announce = asyncio.create_task(_announce(console, runtime, loads, stop))
         await stop.first.wait()
         announce.cancel()

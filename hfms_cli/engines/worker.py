@@ -25,6 +25,7 @@ from hfms_cli.config import Config, PluginsConfig
 from hfms_cli.engines import wire
 from hfms_cli.engines.resident import tree_bytes
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
+from hfms_cli.garbage import collect_rarely, settle
 from hfms_cli.hookspecs import Draft, LoadedModel, LoadRequest
 from hfms_cli.plugins import discover
 from hfms_cli.types import Chunk
@@ -167,6 +168,7 @@ def _fault(exc: Exception) -> wire.Fault:
 def main() -> None:
     """Entry point: `python -m hfms_cli.engines.worker FD FOLDER`: a connected Unix socket, and a folder of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle: it drains first
+    collect_rarely()
     os.dup2(2, 1)  # libraries print; the front relays stderr into its log
     link = Link(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     try:
@@ -179,6 +181,7 @@ def main() -> None:
             exc = LoadFailed(exc.message)
         link.send(wire.Failed(wire.Fault.of(exc)))
         sys.exit(1)
+    settle()
     link.send(wire.Loaded(model.info, link.memory()))
     serve(model, link)
 

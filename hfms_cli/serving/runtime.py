@@ -85,7 +85,7 @@ class Runtime:
     """Those beside this process, where `workers` asks for some."""
 
     @classmethod
-    def build(cls, config: Config, plugins: Plugins) -> Runtime:
+    def build(cls, config: Config, plugins: Plugins, hardware: Sequence[Hardware]) -> Runtime:
         """Create what the configuration names. Raises ConfigError, PluginError."""
         plugins.check(config)
         middlewares = [plugins.create("middleware", n, config) for n in config.middleware.order]
@@ -95,7 +95,6 @@ class Runtime:
         metrics = Metrics()
         for middleware in middlewares:
             middleware.metrics(metrics.registry)
-        hardware = [plugins.create("hardware", n, config) for n in config.hardware.preferred]
         engines = [plugins.create("engine", n, config) for n in config.engine.order]
         router = open_router(config, plugins, observe=metrics.storage)
         catalogue = Catalogue(config.models.folders)

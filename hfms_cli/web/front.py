@@ -22,6 +22,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from hfms_cli.config import load_config
+from hfms_cli.garbage import collect_rarely, settle
 from hfms_cli.plugins import discover
 from hfms_cli.serving import frames
 from hfms_cli.serving.front import FrontRuntime, Owner, owner_gone
@@ -101,6 +102,7 @@ async def serve(fd: int, listening: list[int]) -> None:
         await runner.setup()
         for number in listening:
             await web.SockSite(runner, socket.socket(fileno=number)).start()
+        settle()
         await runtime.pool.listen(runtime.metrics)
         shutil.rmtree(Path(start.owner).parent, ignore_errors=True)  # an owner that was killed could not
         await runner.cleanup()
@@ -111,6 +113,7 @@ def main() -> None:
     """Ctrl-C and SIGTERM are the owner's to handle: it drains first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    collect_rarely()
     fd, *listening = map(int, sys.argv[1:])
     try:
         from uvloop import run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 
@@ -53,12 +54,14 @@ class Openvino:
         self._search = sys.path if search is None else search
         self._seconds = seconds
         self._answer: list[Found] | str | None = None
+        self._asking = threading.Lock()
 
     def probe(self) -> Probe:
         if PathFinder.find_spec("openvino", self._search) is None:
             return Probe(reason="openvino is not installed: pip install openvino")
-        if self._answer is None:
-            self._answer = self._ask()
+        with self._asking:
+            if self._answer is None:
+                self._answer = self._ask()
         if isinstance(self._answer, str):
             return Probe(reason=self._answer)
         return Probe(tuple(map(_device, self._answer)))

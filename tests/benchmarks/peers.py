@@ -167,7 +167,7 @@ class GenAI(Peer):
         programs = venv(
             cache / "genai" / "venv",
             [TORCH],
-            ["transformers<5.6", "huggingface-hub<1.22", "nncf", "gguf", "optimum~=2.3.0"],
+            ["transformers<5.6", "huggingface-hub<1.22", "nncf", "accelerate", "gguf", "optimum~=2.3.0"],
             ["openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "openvino-genai==2026.4.1.0"],
             ["--no-deps", "optimum-intel==2.2.0"],
             ["aiohttp", "uvloop", "msgspec"],

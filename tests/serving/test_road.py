@@ -120,7 +120,10 @@ def runtime(serve, environ, tmp_path):
         file.write_text(f"{server}[middleware]\norder = {list(order)}\n[engine.echo]\nstep_ms = {step_ms}\n")
         config = load_config(file, environ=environ)
         points = [*entry_points(group="hfms"), EntryPoint("road", "road_test_plugin", "hfms")]
-        made = Runtime.build(config, discover(config, points))
+        plugins = discover(config, points)
+        made = Runtime.build(
+            config, plugins, [plugins.create("hardware", n, config) for n in config.hardware.preferred]
+        )
         await made.pool.load("echo:a", alias=alias)
         return made
 
