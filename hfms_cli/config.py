@@ -265,6 +265,16 @@ class Config:
         order = list(getattr(self, kind).order)
         return [first, *order] if first and first not in order else order
 
+    def naming(self, kind: str, name: str) -> str:
+        """Where a plugin is named, for messages: the file or the variable, the table and the key."""
+        if name not in self.order(kind):
+            return f"{self.file} [{kind}.{name}]"
+        key = "preferred" if kind == "hardware" else "order"
+        if kind == "storage" and name == self.storage.backend:
+            key = "backend"
+        origin = self.origins.get((kind, key), "default").replace("file", self.file)
+        return f"[{kind}] {key}" if origin == "default" else f"{origin} [{kind}] {key}"
+
     @property
     def state_dir(self) -> Path:
         """Where hfms keeps what it knows between runs: what it has verified, for one."""

@@ -101,8 +101,11 @@ class Plugins:
         """Names of a kind that can be used."""
         return [n for (k, n), found in self._records.items() if k == kind and len(found) == 1]
 
-    def record(self, kind: str, name: str) -> Provider[Any]:
-        """The record of that name. Raises PluginError where it is missing, broken or claimed by two plugins."""
+    def record(self, kind: str, name: str, where: str = "") -> Provider[Any]:
+        """The record of that name. Raises PluginError where it is missing, broken or claimed by two plugins.
+
+        where: what names it, for the message.
+        """
         found = self._records.get((kind, name), [])
         if len(found) == 1:
             return found[0][0]
@@ -113,11 +116,11 @@ class Plugins:
         hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(self.names(kind)) or 'none'}"
         broken = [f"{i.name}: {i.error}" for i in self.infos if i.error]
         also = f" (plugins that failed: {'; '.join(broken)})" if broken else ""
-        raise PluginError(f"[{kind}] names `{name}`, which no plugin provides; {hint}{also}", param=name)
+        raise PluginError(f"{where or f'[{kind}]'} names `{name}`, which no plugin provides; {hint}{also}", param=name)
 
     def create(self, kind: str, name: str, config: Config) -> Any:
         """Make the object that a record stands for, with its options checked. Raises PluginError, ConfigError."""
-        record = self.record(kind, name)
+        record = self.record(kind, name, config.naming(kind, name))
         options = config.plugin_options(kind, name, record.options)
         try:
             made = record.create() if record.options is NoOptions else record.create(options)
@@ -136,7 +139,8 @@ class Plugins:
             tables = [name for k, name in config.options if k == kind and config.options[k, name]]
             for name in dict.fromkeys([*listed, *tables]):
                 try:
-                    config.plugin_options(kind, name, self.record(kind, name).options)
+                    record = self.record(kind, name, config.naming(kind, name))
+                    config.plugin_options(kind, name, record.options)
                 except StartupError as exc:
                     yield exc
 

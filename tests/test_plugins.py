@@ -199,7 +199,7 @@ def test_disabled_plugin_is_not_even_imported(shelf):
 def test_unknown_name_says_what_was_meant(shelf):
     shelf.install("limiter", MIDDLEWARE.format(name="limiter"))
     (fault,) = faults(shelf.discover(), using("limitr"))
-    assert fault.message == "[middleware] names `limitr`, which no plugin provides; did you mean `limiter`?"
+    assert fault.message == "[middleware] order names `limitr`, which no plugin provides; did you mean `limiter`?"
 
 
 def test_unknown_name_that_resembles_nothing_lists_the_choices(shelf):
@@ -265,7 +265,7 @@ def test_table_of_a_plugin_that_is_not_there_is_a_fault_unless_it_is_empty(shelf
 
 
 def test_check_raises_the_first_fault(shelf):
-    with pytest.raises(PluginError, match=r"\[storage\] names `local`"):
+    with pytest.raises(PluginError, match=r"\[storage\] order names `local`"):
         shelf.discover().check(Config())
 
 

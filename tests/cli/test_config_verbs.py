@@ -136,9 +136,9 @@ def test_show_reads_the_file_that_it_is_told_to(hfms, tmp_path):
         ("[log]\nlevel = 'wanring'", 'did you mean "warning"?'),
         ("[middleware.auth]\nrequier = true", "[middleware.auth]: unknown key `requier`; did you mean `require`?"),
         ("[middleware.auth]\nrequire = 1", "bad.toml [middleware.auth]: `require` is 1, which is not true or false"),
-        ("[middleware]\norder = ['auht']", "[middleware] names `auht`, which no plugin provides; did you mean `auth`?"),
-        ("[engine.trnsformers]\nx = 1", "[engine] names `trnsformers`, which no plugin provides"),
-        ("[hardware]\npreferred = ['gpu']", "[hardware] names `gpu`, which no plugin provides; did you mean `cpu`?"),
+        ("[middleware]\norder = ['auht']", "bad.toml [middleware] order names `auht`, which no plugin provides; did you"),
+        ("[engine.trnsformers]\nx = 1", "bad.toml [engine.trnsformers] names `trnsformers`, which no plugin provides"),
+        ("[hardware]\npreferred = ['gpu']", "bad.toml [hardware] preferred names `gpu`, which no plugin provides; did you"),
         ("port = ", "bad.toml: is not valid TOML"),
     ],
 )  # fmt: skip
@@ -160,6 +160,12 @@ def test_check_reads_the_environment_too(hfms):
     done = hfms("config", "check", env={"HF_SERVER_PORT": "many"})
     assert done.returncode == 2
     assert "HF_SERVER_PORT is 'many', which is not an integer from 0 to 65535" in done.stderr
+
+
+def test_check_names_the_variable_that_names_no_plugin(hfms):
+    done = hfms("config", "check", env={"HFMS_STORAGE_ORDER": "local,kubbo"})
+    assert done.returncode == 2
+    assert "HFMS_STORAGE_ORDER [storage] order names `kubbo`" in done.stderr
 
 
 def test_check_without_a_file_says_so(hfms):

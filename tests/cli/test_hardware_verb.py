@@ -64,7 +64,7 @@ def test_probe_that_fails_is_a_reason_and_hides_no_other():
 
 def test_preferred_kind_that_no_plugin_provides_says_so():
     (kind, _) = probed(["gpuu"], gpu=Probe())
-    assert kind.probe.reason == "[hardware] names `gpuu`, which no plugin provides; did you mean `gpu`?"
+    assert kind.probe.reason == "[hardware] preferred names `gpuu`, which no plugin provides; did you mean `gpu`?"
 
 
 def test_cpu_of_this_machine_is_listed_with_its_memory(hfms):

@@ -112,7 +112,7 @@ def test_broken_package_stops_what_asks_for_it_and_says_why(hfms, broken_too, tm
     (tmp_path / "hfms.toml").write_text('[middleware]\norder = ["broken"]\n')
     done = hfms("config", "check", env=broken_too)
     assert done.returncode == 2
-    assert "[middleware] names `broken`, which no plugin provides" in done.stderr
+    assert "[middleware] order names `broken`, which no plugin provides" in done.stderr
     assert "a_module_that_nobody_has" in done.stderr
 
 
