@@ -12,7 +12,7 @@ from hfms_cli.cli.options import AsJson, ConfigFile, ModelArgument
 from hfms_cli.cli.output import print_json, printable
 from hfms_cli.cli.progress import pulling
 from hfms_cli.config import Config, load_config
-from hfms_cli.errors import Forbidden
+from hfms_cli.errors import Forbidden, HfmsError
 from hfms_cli.plugins import discover
 from hfms_cli.sizes import human_bytes
 from hfms_cli.types import Terms
@@ -88,12 +88,12 @@ def unpublish(name: ModelArgument, config: ConfigFile = None, as_json: AsJson = 
     settings = load_config(config)
     signer = Signer.load(settings.state_dir)
     gone, stores = Publications(settings.state_dir).withdraw(signer, names.parse(name))
-    asyncio.run(_unpin(settings, stores))
     if as_json:
         print_json([{"model": o.name, "revision": o.revision, "cid": o.cid} for o in gone])
-        return
-    for offer in gone:
-        typer.echo(printable(f"{offer.name}@{offer.revision[:12]} is not offered any more"))
+    else:
+        for offer in gone:
+            typer.echo(printable(f"{offer.name}@{offer.revision[:12]} is not offered any more"))
+    asyncio.run(_unpin(settings, stores))
 
 
 async def _publish(settings: Config, wanted: Any, given: Any, to: str | None, yes: bool) -> tuple[Published, Terms]:
@@ -133,11 +133,15 @@ async def _publish(settings: Config, wanted: Any, given: Any, to: str | None, ye
 
 
 async def _unpin(settings: Config, stores: dict[str, str]) -> None:
-    """Let the stores delete what is published no more."""
+    """Let the stores delete what is published no more; one that is away keeps it, and how to free it later is told."""
     router = _router(settings)
     try:
         for cid, store in stores.items():
-            await router.content.named(store).unpin(cid)
+            try:
+                await router.content.named(store).unpin(cid)
+            except HfmsError as exc:
+                kept = f"warning: {store} still keeps {cid}: {exc.message} Once it is back: hfms ipfs unpin {cid}"
+                print(printable(kept), file=sys.stderr)
     finally:
         await router.close()
 

@@ -61,7 +61,7 @@ class BlockQuery(Struct):
 async def _block(request: web.Request) -> web.StreamResponse:
     """A block, or all blocks below one, of what was published here."""
     cid, kind = parse(request.match_info["cid"]), _kind(request)
-    store = await _holder(request, cid)
+    stores = await _holders(request, cid)
     headers = {
         "ETag": f'"{cid}.{kind}"',
         "Cache-Control": "private, max-age=29030400, immutable",
@@ -70,8 +70,8 @@ async def _block(request: web.Request) -> web.StreamResponse:
     }
     if request.headers.get("If-None-Match") == headers["ETag"]:
         return web.Response(status=304, headers=headers)
-    # From the store that it was published to, and from no other: nobody can make this server fetch things.
-    fetch = Fetch(store.sources if isinstance(store, BlockStore) else [])
+    # From where it was published to, and from nowhere else: nobody can make this server fetch things.
+    fetch = Fetch([source for store in stores if isinstance(store, BlockStore) for source in store.sources])
     if kind == "raw":
         return web.Response(body=await fetch.get(cid), content_type=_KINDS[kind], headers=headers)
     headers["Content-Type"] = f"{_KINDS[kind]}; version=1; order=dfs; dups=n"
@@ -87,13 +87,17 @@ async def _block(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _holder(request: web.Request, cid: Cid) -> ContentStore:
-    """The store with a published block that the caller may have. Raises NotFound."""
-    caller = caller_of(request)
-    for offer, store in await asyncio.to_thread(request.app[_SHARED].holding, cid):
-        if caller.may_use(offer.name):
-            return request.app[RUNTIME].router.content.named(store)
-    raise NotFound(f"`{cid}` is no part of what is published here.", param="cid")
+async def _holders(request: web.Request, cid: Cid) -> list[ContentStore]:
+    """The stores with a published block that the caller may have. Raises NotFound.
+
+    What several models have in common may have been published to several, one of which may be away.
+    """
+    caller, content = caller_of(request), request.app[RUNTIME].router.content
+    holding = await asyncio.to_thread(request.app[_SHARED].holding, cid)
+    names = {store for offer, store in holding if caller.may_use(offer.name)}
+    if not names:
+        raise NotFound(f"`{cid}` is no part of what is published here.", param="cid")
+    return [store for store in content.stores if store.name in names] or [content.named(min(names))]
 
 
 def _kind(request: web.Request) -> str:

@@ -179,6 +179,7 @@ def load(
     dtype: str,
     cache_bytes: int | None,
     share: bool,
+    cache_dtype: str = "auto",
     threads: int = 0,
     max_loras: int = 0,
     max_lora_rank: int = 0,
@@ -188,6 +189,7 @@ def load(
 
     graph: of a model that came as OpenVINO's; then the folder holds the notes on it alone.
     dtype: "auto", "float32" or "bfloat16". cache_bytes: for keys and values; None: a few blocks.
+    cache_dtype: what these are kept in, "auto" (as `dtype`) or "int8".
     threads: 0: one for each physical core. max_loras, max_lora_rank: how many adapters it may have at once, and of what
     rank; with 0 it has no inputs for any.
     Raises LoadFailed and DoesNotFit.
@@ -207,7 +209,7 @@ def load(
                 "CPU",
                 {
                     "INFERENCE_PRECISION_HINT": short,
-                    "KV_CACHE_PRECISION": short,
+                    "KV_CACHE_PRECISION": "u8" if cache_dtype == "int8" else short,
                     "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_NUM_THREADS": max(threads or physical_cores(), _LEAST_THREADS[precision]),
                 },

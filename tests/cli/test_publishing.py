@@ -106,6 +106,11 @@ def test_a_model_is_published_to_a_node_and_comes_from_there(run, key, model, no
     got = json.loads(run("ipfs", "get", done["cid"], "-o", "out", "--json", env=env).stdout)
     assert set(got["served"]) == {"kubo"}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    away = run("models", "unpublish", "org/m", env=env | {"IPFS_API": "http://127.0.0.1:9"})
+    assert "is not offered any more" in away.stdout
+    assert f"warning: kubo still keeps {done['cid']}" in away.stderr
+    assert f"hfms ipfs unpin {done['cid']}" in away.stderr
+    run("ipfs", "unpin", done["cid"], env=env)
 
 
 def test_keys_are_trusted_listed_and_trusted_no_more(run, hfms, key, tmp_path):

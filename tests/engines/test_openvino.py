@@ -221,6 +221,22 @@ def test_what_other_versions_have_made_of_a_model_goes_when_there_is_a_new_one(l
     assert {made[1], made[2]} < left
 
 
+def test_keys_and_values_of_eight_bits_take_less_and_say_nearly_the_same(llama, export, tmp_path):
+    said, blocks = {}, {}
+    text = torch.randint(0, 500, (1, 90)).tolist()[0]
+    for kept in ("auto", "int8"):
+        options = OpenVinoOptions(cache_dir=str(tmp_path), kv_cache_bytes=2**24, kv_cache_dtype=kept)
+        model = OpenVinoEngine(options).load(request(llama))
+        blocks[kept] = model._runner.blocks.count
+        for start, piece in ((0, text[:50]), (50, text[50:])):  # the second looks at what the cache has of the first
+            logits = model._runner.forward([piece], starts=[start], tables=[[0, 1, 2]], tails=[len(piece)]).clone()
+        said[kept] = logits
+    assert blocks["int8"] > 2 * blocks["auto"]
+    exact, rounded = said.values()
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
 def test_threads_are_the_operators(export):
     runner = openvino_runner.load(export, dtype="float32", cache_bytes=None, share=False, threads=1)
     assert runner._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1

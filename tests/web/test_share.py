@@ -36,18 +36,17 @@ def sharing(serve, tmp_path):
     return start
 
 
-async def put(server, tmp_path, name):
-    """Publish a small model on a server's disk, as `hfms models publish` does."""
+async def put(server, tmp_path, name, *, store=None, more=None):
+    """Publish a small model on a server's disk, as `hfms models publish` does. more: what its weights end with."""
     state, folder = server.runtime.config.state_dir, tmp_path / name.replace("/", "-")
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"] + name.encode())
+    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"] + (more or name.encode()))
     files = tuple(ModelFile(p.name, p.stat().st_size) for p in folder.iterdir())
     manifest = Manifest(name=parse_name(name), storage="local", revision="r1", files=files)
     with contextlib.suppress(HfmsError):
         Signer.make(state)
-    return await publish(
-        manifest, folder, server.runtime.router.content, Publications(state), Signer.load(state), name=parse_name(name)
-    )
+    content, signer = server.runtime.router.content, Signer.load(state)
+    return await publish(manifest, folder, content, Publications(state), signer, name=manifest.name, store=store)
 
 
 async def get(server, path, **more):
@@ -121,6 +120,17 @@ async def test_no_other_store_is_asked_for_a_published_block_that_is_lost(sharin
         assert (status, b"not on this disk" in body) == (404, True)
         assert (await get(server, f"/ipfs/{lost}?format=car"))[0] == 404
         assert server.runtime.router.content.status() == before
+
+
+async def test_a_block_of_two_models_comes_from_the_store_that_is_there(sharing, node, tmp_path):
+    both = {"HFMS_STORAGE_ORDER": "kubo,hf_cache", "IPFS_API": node.api, "KUBO_CMD": ""}
+    async with sharing(env=both) as (server, [alone]):
+        one = await put(server, tmp_path, "org/one", store="kubo", more=b"alike")
+        two = await put(server, tmp_path, "org/two", store="hf_cache", more=b"alike")
+        (common,) = {done.manifest.files[0].cid for done in (one, two)}
+        server.runtime.router.content.named("kubo")._rpc._url = "http://127.0.0.1:9"
+        assert (await get(server, f"/ipfs/{common}?format=car"))[0] == 200
+        assert (await get(server, f"/ipfs/{alone.cid}?format=raw"))[0] == 502
 
 
 @pytest.mark.parametrize("path", ["", "?format=tar", "?format=dag-json", "?format=RAW"])
