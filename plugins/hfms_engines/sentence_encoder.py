@@ -38,6 +38,8 @@ class Runner(Protocol):
     device: str
     """As torch calls it: where the inputs have to be."""
     precision: str
+    step: int
+    """It runs better where the tokens of a row are a multiple of this."""
 
     def __call__(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
         """Inputs [batch, tokens], int64; states [batch, tokens, width], or a score's logits [batch, 1], float32."""
@@ -156,15 +158,17 @@ class Encoder:
         """
         import torch
 
+        device, step = self._runner.device, self._runner.step
+        longest = max(map(len, batch))
+        width = max(longest, min(-(-longest // step) * step, self.max_length))
+
         def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-            tensors = [torch.tensor(row) for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
+            return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=device)
 
         with torch.inference_mode():
-            device = self._runner.device
             ids = padded([item.ids for item in batch], self._pad)
             types = padded([item.types for item in batch], 0) if self._runner.about.takes_types else None
-            at = torch.arange(ids.shape[1], device=device)
+            at = torch.arange(width, device=device)
             mask = at < torch.tensor([[len(item)] for item in batch], device=device)
             states = self._runner(ids, mask.long(), types)
             if self._recipe.task == "score":

@@ -37,6 +37,9 @@ from hfms_engines.sentence_files import Recipe
 
 Quantize = Literal["none", "int8"]
 
+STEP = 8
+"""For each new shape of a pass OpenVINO makes code, which for one short text takes as long as running it."""
+
 # How far what was made may be from the model itself, in parts of it: in float32, and in eight bits.
 _EXACT, _COARSE = 1e-3, 0.2
 # How far vectors (by cosine) and scores may move for bfloat16 to be used where nobody asked for a precision.
@@ -64,6 +67,7 @@ class Runner:
     """A compiled model."""
 
     device = "cpu"
+    step = STEP
 
     def __init__(self, compiled: Any, about: About, precision: str) -> None:
         self.about = about

@@ -39,6 +39,8 @@ class Module(torch.nn.Module):  # type: ignore[misc]
 class Runner:
     """A model on its device."""
 
+    step = 1
+
     def __init__(self, model: Any, recipe: Recipe, *, device: str, precision: str) -> None:
         self.module = Module(model)
         self.device = device
