@@ -58,8 +58,7 @@ async def _tune(
     import dataclasses
 
     from hfms_cli.models.loader import Loader, Wish
-    from hfms_cli.models.router import Router
-    from hfms_cli.models.verify import RECEIPTS, Receipts
+    from hfms_cli.models.router import open_router
     from hfms_cli.plugins import discover
     from hfms_cli.settings import settings_of
     from hfms_cli.telemetry import logs
@@ -71,17 +70,21 @@ async def _tune(
     logs.configure(dataclasses.replace(config.log, level="error"))
     plugins = discover(config)
     plugins.check(config)
-    storages, hardwares, engines = (
-        [plugins.create(kind, n, config) for n in config.order(kind)] for kind in ("storage", "hardware", "engine")
+    hardwares, engines = (
+        [plugins.create(kind, name, config) for name in config.order(kind)] for kind in ("hardware", "engine")
     )
-    loader = Loader(config, Router(storages, receipts=Receipts(config.state_dir / RECEIPTS)), engines, hardwares)
+    router = open_router(config, plugins)
+    loader = Loader(config, router, engines, hardwares)
     knobs = {}
     for e in engines:
         options = {s.name: s.default for s in settings_of(plugins.record("engine", e.name).options)}
         knobs[e.name] = Knobs({k: v for k, v in options.items() if k not in loader.set_options(e.name)})
     told("measuring memory and arithmetic")
     machine = roofline.measure()
-    return await Tuner(loader, knobs, plan, told).tune(name, Wish(device=hardware, engine=engine), machine)
+    try:
+        return await Tuner(loader, knobs, plan, told).tune(name, Wish(device=hardware, engine=engine), machine)
+    finally:
+        await router.close()
 
 
 def report(result: Result) -> None:

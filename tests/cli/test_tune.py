@@ -45,3 +45,12 @@ def test_what_is_not_here_is_refused_by_name(hfms, tmp_path):
     done = tuned(hfms, tmp_path, "--quantize", "int4")
     assert done.returncode == 1
     assert "it cannot make int4 weights" in done.stderr
+
+
+def test_storages_that_keep_what_has_a_cid_are_in_nobodys_way(hfms, tmp_path):
+    (tmp_path / "hfms.toml").write_text(ECHO)
+    usual = {"HFMS_STORAGE_ORDER": "ipfs_kit,hf_cache,kubo,echo"}
+    done = hfms("models", "tune", "echo:tiny", *QUICK, env=usual)
+    assert done.returncode == 0, done.stderr
+    nowhere = hfms("models", "tune", "./nowhere", *QUICK, env=usual)
+    assert (nowhere.returncode, "Traceback" in nowhere.stderr) == (1, False)
