@@ -131,6 +131,10 @@ class Plugins:
         made.name = name
         return made
 
+    def in_use(self, kind: str, config: Config) -> list[Any]:
+        """Make those of a kind that the configuration names, in the operator's order. Raises as `create` does."""
+        return [self.create(kind, name, config) for name in config.order(kind)]
+
     def faults(self, config: Config) -> Iterator[StartupError]:
         """What the configuration asks of plugins and cannot get: names in an order, tables of options, their values."""
         for kind in KINDS:

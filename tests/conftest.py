@@ -137,8 +137,7 @@ def serve(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.write_text(toml)
         config = load_config(file, environ=environ | (env or {}))
         plugins = discover(config)
-        hardware = [plugins.create("hardware", name, config) for name in config.hardware.preferred]
-        runtime = Runtime.build(config, plugins, hardware)
+        runtime = Runtime.build(config, plugins, plugins.in_use("hardware", config))
         runner = Runner(build_app(runtime), shutdown_timeout=0.5)
         await runner.setup()
         try:

@@ -68,7 +68,7 @@ async def _found(config: Config) -> tuple[list[Row], list[str]]:
     logs.configure(config.log)
     plugins = discover_plugins(config)
     devices = _devices(plugins, config)
-    engines = [plugins.create("engine", name, config) for name in config.order("engine")]
+    engines = plugins.in_use("engine", config)
     router = open_router(config, plugins)
     try:
         on_disk = [(manifest, await _card(router, manifest)) for manifest in await router.list()]

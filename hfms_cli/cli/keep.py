@@ -203,7 +203,7 @@ def router_for(config: Path | None) -> Router:
 def _engines(config: Path | None) -> list[Any]:
     settings = load_config(config)
     plugins = discover(settings)
-    return [plugins.create("engine", name, settings) for name in settings.order("engine")]
+    return plugins.in_use("engine", settings)
 
 
 def _pins(config: Path | None) -> Pins:

@@ -49,8 +49,8 @@ async def _plan(name: str, url: str | None, config: Path | None) -> tuple[Plan, 
         seen = await planning.look(router, names.parse(name))
     finally:
         await router.close()
-    hardware = [plugins.create("hardware", n, settings) for n in settings.order("hardware")]
-    engines = [plugins.create("engine", n, settings) for n in settings.order("engine")]
+    hardware = plugins.in_use("hardware", settings)
+    engines = plugins.in_use("engine", settings)
     asked: str | None = url or local_url(settings.server)
     served = planning.Served()
     try:

@@ -77,35 +77,35 @@ def serve(
 
 
 async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, Any]]) -> None:
-    from hfms_cli.plugins import discover
-
-    plugins = discover(config)
-    hardware = [plugins.create("hardware", name, config) for name in config.hardware.preferred]
-    # Some takes half a second to say what it is. It is asked while the rest is imported and built.
-    probing = asyncio.get_running_loop().run_in_executor(None, lambda: [kind.probe() for kind in hardware])
-
-    from aiohttp import web
-    from rich.console import Console
-
     from hfms_cli.errors import BadRequest, ConfigError
-    from hfms_cli.garbage import settle
     from hfms_cli.models import names
-    from hfms_cli.models.adapters import read_module
-    from hfms_cli.serving.listen import listen
-    from hfms_cli.serving.owner import Fronts
-    from hfms_cli.serving.runtime import Runtime
+    from hfms_cli.plugins import discover
     from hfms_cli.telemetry import logs
-    from hfms_cli.web.app import build_app
-    from hfms_cli.web.listener import Runner
 
     logs.configure(config.log)
-    console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
     wanted = dict.fromkeys([*config.models.serve, *(n for n in config.models.required if n != "*")])
     for name in wanted:
         try:
             names.parse(name)  # a misspelt name is told before anything starts
         except BadRequest as exc:
             raise ConfigError(exc.message, param="serve") from exc
+    plugins = discover(config)
+    hardware = plugins.in_use("hardware", config)
+    # Some takes half a second to say what it is. It is asked while the rest is imported and built.
+    probing = asyncio.get_running_loop().run_in_executor(None, lambda: [kind.probe() for kind in hardware])
+
+    from aiohttp import web
+    from rich.console import Console
+
+    from hfms_cli.garbage import settle
+    from hfms_cli.models.adapters import read_module
+    from hfms_cli.serving.listen import listen
+    from hfms_cli.serving.owner import Fronts
+    from hfms_cli.serving.runtime import Runtime
+    from hfms_cli.web.app import build_app
+    from hfms_cli.web.listener import Runner
+
+    console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
     adapters = [read_module(text) for text in config.models.lora_modules]
     runtime = Runtime.build(config, plugins, hardware)
     runner = Runner(build_app(runtime))

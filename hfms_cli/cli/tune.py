@@ -70,9 +70,7 @@ async def _tune(
     logs.configure(dataclasses.replace(config.log, level="error"))
     plugins = discover(config)
     plugins.check(config)
-    hardwares, engines = (
-        [plugins.create(kind, name, config) for name in config.order(kind)] for kind in ("hardware", "engine")
-    )
+    hardwares, engines = plugins.in_use("hardware", config), plugins.in_use("engine", config)
     router = open_router(config, plugins)
     loader = Loader(config, router, engines, hardwares)
     knobs = {}

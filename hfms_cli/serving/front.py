@@ -153,7 +153,7 @@ class FrontRuntime:
 
     @classmethod
     def build(cls, config: Config, plugins: Plugins, owner: Owner) -> FrontRuntime:
-        created = [plugins.create("middleware", name, config) for name in config.middleware.order]
+        created = plugins.in_use("middleware", config)
         middlewares = [m for m in created if type(m).http is not Middleware.http]
         metrics = Metrics()
         for middleware in middlewares:

@@ -88,14 +88,14 @@ class Runtime:
     def build(cls, config: Config, plugins: Plugins, hardware: Sequence[Hardware]) -> Runtime:
         """Create what the configuration names. Raises ConfigError, PluginError."""
         plugins.check(config)
-        middlewares = [plugins.create("middleware", n, config) for n in config.middleware.order]
+        middlewares = plugins.in_use("middleware", config)
         _refuse_divided_state(config, middlewares)
         warnings = [w for m in middlewares for w in m.check(config)]
         warnings += _refuse_open_door(config, any(m.guards() for m in middlewares))
         metrics = Metrics()
         for middleware in middlewares:
             middleware.metrics(metrics.registry)
-        engines = [plugins.create("engine", n, config) for n in config.engine.order]
+        engines = plugins.in_use("engine", config)
         router = open_router(config, plugins, observe=metrics.storage)
         catalogue = Catalogue(config.models.folders)
         catalogue.look()

@@ -136,9 +136,15 @@ def test_show_reads_the_file_that_it_is_told_to(hfms, tmp_path):
         ("[log]\nlevel = 'wanring'", 'did you mean "warning"?'),
         ("[middleware.auth]\nrequier = true", "[middleware.auth]: unknown key `requier`; did you mean `require`?"),
         ("[middleware.auth]\nrequire = 1", "bad.toml [middleware.auth]: `require` is 1, which is not true or false"),
-        ("[middleware]\norder = ['auht']", "bad.toml [middleware] order names `auht`, which no plugin provides"),
+        (
+            "[middleware]\norder = ['auht']",
+            "bad.toml [middleware] order names `auht`, which no plugin provides; did you mean `auth`?",
+        ),
         ("[engine.trnsformers]\nx = 1", "bad.toml [engine.trnsformers] names `trnsformers`, which no plugin provides"),
-        ("[hardware]\npreferred = ['gpu']", "bad.toml [hardware] preferred names `gpu`, which no plugin provides"),
+        (
+            "[hardware]\npreferred = ['gpu']",
+            "bad.toml [hardware] preferred names `gpu`, which no plugin provides; did you mean `cpu`?",
+        ),
         ("port = ", "bad.toml: is not valid TOML"),
     ],
 )  # fmt: skip

@@ -121,9 +121,7 @@ def runtime(serve, environ, tmp_path):
         config = load_config(file, environ=environ)
         points = [*entry_points(group="hfms"), EntryPoint("road", "road_test_plugin", "hfms")]
         plugins = discover(config, points)
-        made = Runtime.build(
-            config, plugins, [plugins.create("hardware", n, config) for n in config.hardware.preferred]
-        )
+        made = Runtime.build(config, plugins, plugins.in_use("hardware", config))
         await made.pool.load("echo:a", alias=alias)
         return made
 
