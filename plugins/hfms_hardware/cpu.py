@@ -32,7 +32,7 @@ class Cpu:
         device = Device(
             id="cpu",
             kind="cpu",
-            name=_processor(self._root),
+            name=processor(self._root),
             total_bytes=memory.total,
             free_bytes=memory.free,
             torch_device="cpu",
@@ -95,7 +95,8 @@ def _limited(group: Path, layout: Layout) -> Memory | None:
     return Memory(limit, limit - used + cached)
 
 
-def _processor(root: Path) -> str:
+def processor(root: Path = Path("/")) -> str:
+    """The processor's name."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", (root / "proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -13,7 +13,10 @@ import msgspec
 from msgspec import Struct
 
 from hfms_cli import Device, Probe
-from hfms_hardware.cpu import host_memory
+from hfms_hardware.cpu import host_memory, processor
+
+DRIVERS = ("/dev/dri", "/dev/accel", "/dev/dxg")
+"""Through these Linux has GPUs and NPUs, the last one within Windows. Without any there is the CPU alone."""
 
 # Importing openvino takes a second, and a broken driver may hang or crash: both happen in a process of their own.
 ASK = """
@@ -46,13 +49,17 @@ class Openvino:
     """Devices named `openvino:CPU`, `openvino:GPU.0`. They are asked for once, their memory at every probe.
 
     search: where to look for openvino, in place of `sys.path`. seconds: how long it may take to answer.
+    drivers: paths of which there is one where openvino may find more than a CPU, on Linux.
     """
 
     name = "openvino"
 
-    def __init__(self, search: Sequence[str] | None = None, seconds: float = 20.0) -> None:
+    def __init__(
+        self, search: Sequence[str] | None = None, seconds: float = 20.0, drivers: Sequence[str] = DRIVERS
+    ) -> None:
         self._search = sys.path if search is None else search
         self._seconds = seconds
+        self._drivers = drivers
         self._answer: list[Found] | str | None = None
         self._asking = threading.Lock()
 
@@ -68,6 +75,8 @@ class Openvino:
 
     def _ask(self) -> list[Found] | str:
         """The devices, or why there are none."""
+        if sys.platform == "linux" and not any(map(os.path.exists, self._drivers)):
+            return [Found("CPU", processor(), memory=0, shared=True)]
         path = os.pathsep.join(p for p in self._search if p)
         try:
             # -P: the folder that hfms was started in is no place to import from.
