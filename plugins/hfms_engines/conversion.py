@@ -35,8 +35,8 @@ ABANDONED_AFTER = 24 * 3600
 PACKAGES = ("openvino", "transformers", "torch")
 """Whose versions a conversion depends on."""
 
-TEXTS = ("openvino_export", "quality", "lora_openvino")
-NOTES = ("openvino_ir", "openvino_export")
+TEXTS = ("openvino_export", "quality", "lora_openvino", "tokenizer_files")
+NOTES = ("openvino_ir", "openvino_export", "tokenizer_files")
 SENTENCES = ("sentence_openvino", "sentence_torch", "openvino_export")
 """The makers of models for generation, of notes on those that came as OpenVINO's, and of models for embeddings, each
 with what else its result depends on."""

@@ -8,7 +8,7 @@ The columns are those of all adapters, one after the other, and `select` keeps f
 makes nothing of the rest: whatever is in another's, it cannot reach this row. So a pass is exact for each of its rows,
 and costs a row some ranks more than the model alone.
 
-Imports torch: for worker processes only.
+Imports torch once there is room for one: for worker processes only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import regex
-import torch
 
 from hfms_cli import Adapter, BadRequest, Unavailable
 
 if TYPE_CHECKING:
+    import torch
+
     from hfms_cli import AdapterCard
 
 __all__ = ["Adapters", "Shape"]
@@ -101,6 +102,8 @@ class Adapters:
 
     def stacked(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of a layer, [inputs, columns] and [columns, outputs] float32; zeros where an adapter leaves it."""
+        import torch
+
         inputs, outputs = self.layers[layer]
         a, b = torch.zeros(inputs, self.columns), torch.zeros(self.columns, outputs)
         at = 0
@@ -114,6 +117,8 @@ class Adapters:
 
     def mask(self, rows: Sequence[str]) -> torch.Tensor:
         """Which columns are each row's own, [rows, columns]. rows: ids of adapters, empty for the model as it is."""
+        import torch
+
         mask = torch.zeros(len(rows), self.columns, dtype=torch.bool)
         at = 0
         for adapter_id, weights in self._held.items():

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-if TYPE_CHECKING:
-    from hfms_engines.lora import Shape
+from hfms_engines.lora import Adapters, Shape
 
 __all__ = ["Changes", "add_inputs", "is_input", "layer_of", "merged_name"]
 
@@ -104,8 +103,6 @@ class Changes:
 
     def __init__(self, request: Any, layers: Mapping[str, Shape], *, most: int, most_rank: int) -> None:
         """layers: as `add_inputs` says; none, where the model takes no adapters."""
-        from hfms_engines.lora import Adapters  # imports torch, while a model is compiled: see openvino_runner.load
-
         self.adapters = Adapters(layers, self._renew, most=most, most_rank=most_rank, option="[engine.openvino]")
         self._request = request
         self._renew()

@@ -17,7 +17,9 @@ from hfms_cli import Footprint, LoadRequest, ModelCard
 
 MIB = 2**20
 TORCH_PROCESS = 408 * MIB
-OPENVINO_PROCESS = 340 * MIB
+OPENVINO_PROCESS = 144 * MIB
+# What torch takes of a process that has openvino already.
+_TORCH_BESIDE = 205 * MIB
 # What a build of torch for GPUs takes more of the machine's memory, used or not.
 GPU_BUILD = 256 * MIB
 # Of a GPU's own memory, its context, libraries and working space.
@@ -29,6 +31,7 @@ CACHE_SHARE = 0.25
 _TORCH_HALF = 1.5
 # OpenVINO holds some weights in two layouts, for one token and for many.
 _OPENVINO_LAYOUTS = 1.2
+_OPENVINO_HALF_LAYOUTS = 1.5
 # Those of few bits all of them.
 _OPENVINO_SMALL_LAYOUTS = 2.2
 # Bytes of a weight in four bits, with scales and zeros, and embeddings in eight bits.
@@ -62,9 +65,10 @@ def torch_weights(request: LoadRequest) -> int:
     return int(weights * _TORCH_HALF) if on_cpu and dtype != "float32" else weights
 
 
-def openvino_bytes(request: LoadRequest, quantize: str) -> int:
-    """Bytes that the openvino engine holds beside keys and values."""
-    return openvino_weights(request, quantize) + OPENVINO_PROCESS + _build_bytes()
+def openvino_bytes(request: LoadRequest, quantize: str, *, torch: bool) -> int:
+    """Bytes that the openvino engine holds beside keys and values. torch: whether it needs torch, too."""
+    held = openvino_weights(request, quantize) + OPENVINO_PROCESS
+    return held + _TORCH_BESIDE + _build_bytes() if torch else held
 
 
 def openvino_weights(request: LoadRequest, quantize: str) -> int:
@@ -80,8 +84,11 @@ def openvino_weights(request: LoadRequest, quantize: str) -> int:
     mapped = small or (2 if request.card.format == "gguf" else 4)
     if as_it_is:
         mapped = request.card.weights_bytes / count
-    laid_out = small or (2 if half else 4)
-    return int(count * (mapped + laid_out * (_OPENVINO_SMALL_LAYOUTS if small else _OPENVINO_LAYOUTS)))
+    if small:
+        laid_out = small * _OPENVINO_SMALL_LAYOUTS
+    else:
+        laid_out = 2 * _OPENVINO_HALF_LAYOUTS if half else 4 * _OPENVINO_LAYOUTS
+    return int(count * (mapped + laid_out))
 
 
 def parameters(card: ModelCard) -> int:

@@ -28,7 +28,6 @@ from hfms_engines.conversion import NOTES, TEXTS, converted, folder_of, leftover
 from hfms_engines.generation import GGUF_ARCHITECTURES, STALL_SECONDS
 from hfms_engines.machine import missing_packages
 from hfms_engines.memory import (
-    OPENVINO_PROCESS,
     cache_bytes,
     footprint,
     openvino_bytes,
@@ -100,6 +99,7 @@ class OpenVinoEngine:
     name = "openvino"
     tasks: tuple[Task, ...] = ("generate",)
     packages = ("openvino", "torch", "transformers")
+    imports = ("hfms_engines.openvino_runner",)
     quantizes: tuple[Quantize, ...] = ("int8", "int4")
     drafts = True
 
@@ -136,9 +136,10 @@ class OpenVinoEngine:
 
     def _held(self, request: LoadRequest) -> int:
         """Bytes beside keys and values, those of a draft model with them."""
-        held = openvino_bytes(request, self._quantize(request))
+        # Adapters are torch's.
+        held = openvino_bytes(request, self._quantize(request), torch=self.options.max_loras > 0)
         if draft := _draft_of(request):
-            held += openvino_bytes(draft, self._quantize(request)) - OPENVINO_PROCESS
+            held += openvino_weights(draft, self._quantize(request))
         return held
 
     def quality(self, folder: Path) -> dict[Quantize, Quality]:

@@ -37,6 +37,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from hfms_cli import LoadFailed
+from hfms_engines import tokenizer_files
 from hfms_engines.conversion import begin, main, say
 
 _STATEFUL = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
@@ -148,10 +149,16 @@ def make(job: Job, out: Path) -> None:
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
         generation = transformers.GenerationConfig.from_model_config(config)
-    about = About(context, vocabulary, sorted(stop_ids(generation, tokenizer)), sorted(silent_ids(tokenizer)), [])
     begin("write", "writing what it found out")
+    about = About(
+        context,
+        vocabulary,
+        sorted(stop_ids(generation, tokenizer)),
+        sorted(silent_ids(tokenizer)),
+        [],
+        tokenizer_files.keep(tokenizer, out),
+    )
     (out / MODEL).with_suffix(".json").write_bytes(msgspec.json.encode(about))
-    tokenizer.save_pretrained(out)
     begin("compare", "comparing it with itself, without paged attention")
     ids = [(i * 7919 + 11) % vocabulary for i in range(PROOF)]
     error, agree = compare(out, ids, _logits(core, plain, ids), graph=graph)

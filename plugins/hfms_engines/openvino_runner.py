@@ -1,6 +1,6 @@
 """A model that `openvino_export` made, on its device: compiling, the paged cache, one forward pass.
 
-Imports openvino, and torch as soon as a model is loaded: for worker processes only.
+Imports openvino: for worker processes only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import openvino as ov
 
 from hfms_cli import DoesNotFit, LoadFailed
-from hfms_engines import openvino_ir
+from hfms_engines import openvino_ir, tokenizer_files
 from hfms_engines.blocks import Blocks
 from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
@@ -24,8 +24,6 @@ from hfms_engines.openvino_export import INPUTS, MODEL, About, read
 from hfms_engines.text import decoder_of
 
 if TYPE_CHECKING:
-    import torch
-
     from hfms_engines.lora import Shape
 
 __all__ = ["SHORT", "Runner", "load", "precision_of"]
@@ -106,15 +104,13 @@ class Runner:
         tables: Sequence[Sequence[int]],
         tails: Sequence[int],
         adapters: Sequence[str] = (),
-    ) -> torch.Tensor:
+    ) -> np.ndarray[Any, Any]:
         """Run pieces of sequences, and return the logits of as many of each one's last tokens as `tails` says.
 
         starts: how many tokens of each sequence are in its blocks. tables: its blocks, enough for the piece too.
         adapters: the id of each one's, empty for the model as it is; without any, all are.
         Returns [sum of tails, vocabulary] float32, which is the caller's until the next pass.
         """
-        import torch
-
         tokens = sum(map(len, pieces))
         if tokens > _EXACT and (filling := -tokens % _STEP):
             # One sequence more, of which nobody wants anything, in the block that no other has.
@@ -141,7 +137,8 @@ class Runner:
             self._request.set_tensor(name, ov.Tensor(values))
         self.changes.choose(adapters, lengths)
         self._request.infer()
-        return torch.from_numpy(self._request.get_output_tensor(0).data)[: len(wanted)]
+        logits: np.ndarray[Any, Any] = self._request.get_output_tensor(0).data
+        return logits[: len(wanted)]
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Remove what blocks hold, such as values that are not finite, which would spoil the next sequence in them."""
@@ -198,9 +195,9 @@ def load(
     precision = precision_of(core, dtype)
     about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
     short = SHORT[precision]
-    # Importing torch and transformers takes about as long as compiling, which does not hold Python up.
+    # Importing transformers takes about as long as compiling, which does not hold Python up.
     with ThreadPoolExecutor(1) as beside:
-        tokenizer = beside.submit(_tokenizer, folder)
+        tokenizer = beside.submit(tokenizer_files.read, folder, about.tokenizer)
         try:
             model = openvino_ir.read(core, graph) if graph else read(core, folder)
             layers = add_inputs(model, "wanted") if max_loras else {}
@@ -227,10 +224,3 @@ def load(
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
     )
-
-
-def _tokenizer(folder: Path) -> Any:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

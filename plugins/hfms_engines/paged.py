@@ -24,9 +24,8 @@ from hfms_engines.scheduler import AnyRunner, Event, Scheduler, Seq
 from hfms_engines.speculate import Drafter, Guesser
 
 if TYPE_CHECKING:
-    import torch
-
     from hfms_cli import LoadedInfo
+    from hfms_engines.arrays import Array
     from hfms_engines.openvino_runner import Runner
 
 log = logging.getLogger("hfms.engine")
@@ -48,7 +47,7 @@ class PagedModel(AnyRunner, Protocol):
         tables: Sequence[Sequence[int]],
         tails: Sequence[int],
         adapters: Sequence[str] = (),
-    ) -> torch.Tensor: ...
+    ) -> Array: ...
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Remove what blocks hold that is not finite."""
@@ -142,9 +141,7 @@ class PagedScheduler(Scheduler):
             self._conclude(piece, [next(said) for _ in range(piece.tail)], seconds, events)
         return events
 
-    def _without_scored(
-        self, pieces: list[_Piece], logits: torch.Tensor, scores: list[Callable[[], None]]
-    ) -> torch.Tensor:
+    def _without_scored(self, pieces: list[_Piece], logits: Array, scores: list[Callable[[], None]]) -> Array:
         """Look at the rows that tell of prompts, and return those that tokens are chosen from."""
         at = 0
         choosing: list[int] = []

@@ -49,8 +49,7 @@ from hfms_engines.structure import STUCK, Matchers, Workshop
 from hfms_engines.text import CONTEXT, Detokenizer, StopStrings, Withheld, decoder_of, opened, special_tokens
 
 if TYPE_CHECKING:
-    import torch
-
+    from hfms_engines.arrays import Array
     from hfms_engines.lora import Adapters
     from hfms_engines.sampling import Sampler
     from hfms_engines.structure import Matcher
@@ -400,9 +399,7 @@ class Scheduler(ABC):
         # Equal shares are left alone, and so is who has had less, or the two would change places for ever.
         return share[one.key] > share[other.key] + 1 and self._line.had(one.key) >= self._line.had(other.key)
 
-    def _choose(
-        self, logits: torch.Tensor, seqs: Sequence[Seq], samplers: Sequence[Sampler] | None = None
-    ) -> list[int]:
+    def _choose(self, logits: Array, seqs: Sequence[Seq], samplers: Sequence[Sampler] | None = None) -> list[int]:
         """The next token of each row. Where they are wanted, its logprobs wait with its sequence, to be taken along.
 
         samplers: of each row, where they are not just its sequence's own.
@@ -427,7 +424,7 @@ class Scheduler(ABC):
         end = min(seq.cached + read, len(seq.prompt.ids) - 1)
         return max(0, end - max(seq.cached, len(seq.prompt.scores or ()) - 1))
 
-    def _score_prompt(self, seq: Seq, logits: torch.Tensor) -> Callable[[], None]:
+    def _score_prompt(self, seq: Seq, logits: Array) -> Callable[[], None]:
         """How likely a prompt's next tokens were by these rows; what is returned keeps that, once the pass is over."""
         prompt = seq.prompt
         assert prompt.scores is not None

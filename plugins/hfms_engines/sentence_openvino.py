@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # First: openvino is not to tell its makers that it ran.
-from hfms_engines.openvino_export import MODEL, quantize, shrink
+from hfms_engines.openvino_export import MODEL, quantize, share, shrink
 from hfms_engines.openvino_runner import SHORT, precision_of
 
 import msgspec
@@ -129,6 +129,7 @@ def make(job: Job, out: Path) -> None:
         say("quantising it to eight bits")
         quantize(made, "int8", theirs.about.vocabulary)
     shrink(made)
+    share(made)
     say("writing it")
     ov.save_model(made, out / MODEL, compress_to_fp16=False)
 

@@ -179,4 +179,4 @@ class Drafter:
         )
         for row, piece in zip(drafted, pieces.values(), strict=True):
             row.held += len(piece)
-        return [int(token) for token in logits.numpy().argmax(axis=-1)]
+        return [int(token) for token in logits.argmax(axis=-1)]

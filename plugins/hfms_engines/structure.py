@@ -30,16 +30,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from hfms_cli import BadRequest, Structure
 from hfms_engines import structure_check
+from hfms_engines.arrays import like, namespace
 from hfms_engines.beside import Beside
 from hfms_engines.vocabulary import BYTES
 
 if TYPE_CHECKING:
-    import torch
+    from hfms_engines.arrays import Array
 
 T = TypeVar("T")
 
@@ -71,23 +75,20 @@ class Matcher:
         """One that stands at the same place, and goes on by itself."""
         return Matcher(self._inner.deep_copy())
 
-    def bar(self, row: torch.Tensor, going_on: Collection[int] = ()) -> None:
+    def bar(self, row: Array, going_on: Collection[int] = ()) -> None:
         """Take from a row of logits, [vocabulary], what may not come next.
 
         going_on: tokens that end an answer, where they may come only if nothing else can.
         """
-        import numpy
-        import torch
-
-        bits = numpy.frombuffer(self._inner.compute_bitmask(), numpy.uint8)
+        bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
         if self.stuck:
             return
-        barred = torch.from_numpy(numpy.unpackbits(bits, count=len(row), bitorder="little") == 0)
+        barred = np.unpackbits(bits, count=len(row), bitorder="little") == 0
         if going_on:
-            more = barred.clone()
+            more = barred.copy()
             more[list(going_on)] = True
             barred = barred if more.all() else more
-        row.masked_fill_(barred.to(row.device), -torch.inf)
+        row[like(row, barred, namespace(row).bool)] = -inf
 
     def took(self, token: int) -> None:
         """The sequence goes on with this token."""

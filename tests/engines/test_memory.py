@@ -80,6 +80,8 @@ async def measured(
     )
     host = await EngineHost.start("m", request, HostOptions(engine, options, "hfms.toml", []))
     process = psutil.Process(host.pid)
+    # A first load converts elsewhere, so here there is no torch either.
+    assert any("libtorch" in m.path for m in process.memory_maps()) == (engine != "openvino")
     most = 0
 
     async def ask(number: int) -> None:

@@ -1,10 +1,14 @@
-"""Sampling against a plain reference in Python, and its independence of the other rows."""
+"""Sampling against a plain reference in Python, and its independence of the other rows.
+
+All of it as on a processor and as on a GPU, for which there are two ways.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +17,30 @@ from hfms_cli import Sampling
 
 torch = pytest.importorskip("torch")
 sampling = pytest.importorskip("hfms_engines.sampling")
+torch_sampling = pytest.importorskip("hfms_engines.torch_sampling")
+logprobs = pytest.importorskip("hfms_engines.logprobs")
 
 timeless = settings(deadline=None)
+
+
+@pytest.fixture(params=["numpy", "torch"], scope="module", autouse=True)
+def kind(request) -> str:
+    """What `sample` is tried with: numpy's arrays a row at a time, or torch's tensors as on a GPU."""
+    Kind.now = request.param
+    return Kind.now
+
+
+class Kind:
+    now = ""
+
+
+def sample(rows, samplers):
+    array = np.array(rows, np.float32)
+    if Kind.now == "numpy":
+        return sampling.sample(array, samplers)
+    return torch_sampling.sample(torch.from_numpy(array), samplers)
+
+
 WORDS = 12
 
 
@@ -38,7 +64,7 @@ def sampler(*, prompt=(), stop_ids=(), choice=0, made=(), **settings):
 
 def one(row, *args, **more):
     """The next token of a single row."""
-    return sampling.sample(torch.tensor([row]), [sampler(*args, **more)])[0]
+    return sample([row], [sampler(*args, **more)])[0]
 
 
 def kept(row, *, temperature, top_k, top_p, min_p):
@@ -76,7 +102,7 @@ limits = st.fixed_dictionaries(
 @timeless
 @given(rows, limits, st.floats(0, 1, exclude_max=True))
 def test_what_is_drawn_is_what_the_reference_draws(row, limit, number):
-    token = sampling.sample(torch.tensor([row]), [Fixed(number, **limit)])[0]
+    token = sample([row], [Fixed(number, **limit)])[0]
     probs = kept(row, **limit)
     # A hair's breadth from a limit of top_p, either side is right.
     near = {**kept(row, **limit | {"top_p": min(1, limit["top_p"] + 1e-4)}), **probs}
@@ -89,20 +115,20 @@ def test_what_is_drawn_is_what_the_reference_draws(row, limit, number):
 def test_draws_are_as_frequent_as_their_probabilities():
     row = [0.0, 1.0, 2.0, -1.0, 0.5]
     one_of = sampler(temperature=0.8, seed=1)
-    count = Counter(sampling.sample(torch.tensor([row]), [one_of])[0] for _ in range(5000))
+    count = Counter(sample([row], [one_of])[0] for _ in range(5000))
     for token, prob in kept(row, temperature=0.8, top_k=0, top_p=1, min_p=0).items():
         assert count[token] / 5000 == pytest.approx(prob, abs=0.02)
 
 
 def test_top_p_of_one_rules_nothing_out_not_even_by_rounding():
-    row = torch.tensor([[20.0, 0.0, -50.0]])
-    assert sampling.sample(row, [Fixed(1 - 1e-10, top_k=2, top_p=1.0)]) == [1]
+    row = [[20.0, 0.0, -50.0]]
+    assert sample(row, [Fixed(1 - 1e-10, top_k=2, top_p=1.0)]) == [1]
 
 
 def test_top_p_may_keep_thousands_of_tokens():
-    flat = torch.zeros(1, 5000)
-    flat[0, 7] = 0.1
-    drawn = {sampling.sample(flat.clone(), [Fixed(i / 997, top_p=0.9)])[0] for i in range(997)}
+    flat = [0.0] * 5000
+    flat[7] = 0.1
+    drawn = {sample([flat], [Fixed(i / 997, top_p=0.9)])[0] for i in range(997)}
     assert len(drawn) == 997
 
 
@@ -110,7 +136,7 @@ def test_top_p_may_keep_thousands_of_tokens():
 @given(st.data())
 def test_a_row_draws_the_same_alone_and_in_any_company(data):
     number = data.draw(st.integers(1, 6))
-    logits = torch.randn(number, 700, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))) * 3
+    logits = np.random.default_rng(data.draw(st.integers(0, 999))).normal(0, 3, (number, 700))
     some = st.sampled_from
     kinds = [
         {
@@ -124,17 +150,15 @@ def test_a_row_draws_the_same_alone_and_in_any_company(data):
         }
         for _ in range(number)
     ]
-    alone = [
-        sampling.sample(logits[i : i + 1].clone(), [sampler(made=[1, 2, 2], **kinds[i])])[0] for i in range(number)
-    ]
-    order = data.draw(st.permutations(range(number)))
-    together = sampling.sample(logits[order], [sampler(made=[1, 2, 2], **kinds[i]) for i in order])
+    alone = [sample(logits[i : i + 1], [sampler(made=[1, 2, 2], **kinds[i])])[0] for i in range(number)]
+    order = list(data.draw(st.permutations(range(number))))
+    together = sample(logits[order], [sampler(made=[1, 2, 2], **kinds[i]) for i in order])
     assert together == [alone[i] for i in order]
 
 
 def draws(**settings):
     one_of = sampler(**settings)
-    return [sampling.sample(torch.zeros(1, 50), [one_of])[0] for _ in range(20)]
+    return [sample([[0.0] * 50], [one_of])[0] for _ in range(20)]
 
 
 def test_a_seed_draws_the_same_again_and_choices_of_one_seed_differ():
@@ -145,16 +169,22 @@ def test_a_seed_draws_the_same_again_and_choices_of_one_seed_differ():
 
 
 def test_temperature_zero_takes_the_likeliest():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, 5.0]])
-    assert sampling.sample(logits, [sampler(**plain), sampler(temperature=1e-6)]) == [1, 2]
+    logits = [[1.0, 3.0, 2.0], [0.0, -1.0, 5.0]]
+    assert sample(logits, [sampler(**plain), sampler(temperature=1e-6)]) == [1, 2]
 
 
 def test_a_row_that_is_not_a_number_is_told_and_the_others_are_drawn():
-    logits = torch.tensor([[1.0, 3.0], [math.nan, 1.0], [1.0, math.inf], [2.0, 0.0]])
-    assert sampling.sample(logits.clone(), [sampler(**plain) for _ in range(4)]) == [1, -1, -1, 0]
-    tokens = sampling.sample(logits, [sampler(temperature=1, top_p=0.9, seed=1) for _ in range(4)])
+    rows = [[1.0, 3.0], [math.nan, 1.0], [1.0, math.inf], [2.0, 0.0]]
+    assert sample(rows, [sampler(**plain) for _ in range(4)]) == [1, -1, -1, 0]
+    tokens = sample(rows, [sampler(temperature=1, top_p=0.9, seed=1) for _ in range(4)])
     assert tokens[1:3] == [-1, -1]
     assert {tokens[0], tokens[3]} <= {0, 1}
+
+
+@pytest.mark.parametrize("settings", [plain, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}])
+def test_a_row_in_which_nothing_may_come_is_told_and_the_others_are_drawn(settings):
+    barred = sampler(stop_ids=[0, 1], min_tokens=1, **settings)
+    assert sample([[1.0, 3.0], [9.0, 0.0]], [barred, sampler(**plain)]) == [-1, 0]
 
 
 def test_logit_bias_is_added():
@@ -182,3 +212,25 @@ def test_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_nega
     assert one([3.0, 2.0, 1.0], made=[0], repetition_penalty=2, **plain) == 1
     assert one([-1.0, -1.5, -3.0], prompt=[0, 0], made=[0], repetition_penalty=1.4, **plain) == 0
     assert one([-1.0, -1.5, -3.0], prompt=[0, 0], made=[0], repetition_penalty=1.6, **plain) == 1
+
+
+def test_a_draw_falls_where_its_number_does_in_a_vocabulary_of_many_blocks(kind):
+    chance = np.random.default_rng(5)
+    row = chance.normal(0, 2, 1000)
+    heap = np.cumsum(np.exp(row)) / np.exp(row).sum()
+    for number in [0.0, *chance.random(200), 1 - 2**-53]:
+        (token,) = sample([row], [Fixed(number, temperature=1.0)])
+        assert (heap[token - 1] if token else 0) - 1e-6 <= number <= heap[token] + 1e-6
+
+
+def test_logprobs_of_both_kinds_are_the_logarithms_of_probabilities():
+    logits = np.random.default_rng(6).normal(0, 3, (4, 700)).astype(np.float32)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    tokens = [0, 699, 5, 123]
+    for own, places, values in (
+        logprobs.likelihoods(logits, tokens, 3),
+        torch_sampling.likelihoods(torch.from_numpy(logits), tokens, 3),
+    ):
+        assert own == pytest.approx([exact[i, t] for i, t in enumerate(tokens)], abs=1e-5)
+        assert places == np.argsort(-exact, axis=-1)[:, :3].tolist()
+        assert values == [pytest.approx(exact[i, p], abs=1e-5) for i, p in enumerate(places)]
