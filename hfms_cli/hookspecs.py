@@ -287,6 +287,8 @@ class Engine(Protocol):
     - `quality(folder) -> dict[Quantize, Quality]`: what quantisation has cost a model, where it was measured;
     - `footprint(request) -> Footprint`: what its estimate is made of;
     - `leftovers() -> Iterable[Leftover]`: what it keeps on this disk and does not need any more;
+    - `imports`: modules that take long to import and that every load needs: the first worker may import them before it
+      is known what it is to load;
     - `spins`: true where its threads wait for each other by OpenMP hundreds of times a token; of such workers one on a
       machine may wait busily for longer;
     - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models

@@ -137,7 +137,7 @@ def serve(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.write_text(toml)
         config = load_config(file, environ=environ | (env or {}))
         plugins = discover(config)
-        runtime = Runtime.build(config, plugins, plugins.in_use("hardware", config))
+        runtime = Runtime.build(config, plugins, *(plugins.in_use(kind, config) for kind in ("hardware", "engine")))
         runner = Runner(build_app(runtime), shutdown_timeout=0.5)
         await runner.setup()
         try:

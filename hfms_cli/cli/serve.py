@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,41 +78,36 @@ def serve(
 
 
 async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, Any]]) -> None:
+    from hfms_cli.engines.process import Ahead
     from hfms_cli.errors import BadRequest, ConfigError
     from hfms_cli.models import names
     from hfms_cli.plugins import discover
     from hfms_cli.telemetry import logs
 
-    logs.configure(config.log)
     wanted = dict.fromkeys([*config.models.serve, *(n for n in config.models.required if n != "*")])
     for name in wanted:
         try:
             names.parse(name)  # a misspelt name is told before anything starts
         except BadRequest as exc:
             raise ConfigError(exc.message, param="serve") from exc
-    plugins = discover(config)
-    hardware = plugins.in_use("hardware", config)
-    # Some takes half a second to say what it is. It is asked while the rest is imported and built.
-    probing = asyncio.get_running_loop().run_in_executor(None, lambda: [kind.probe() for kind in hardware])
-
-    from aiohttp import web
-    from rich.console import Console
-
-    from hfms_cli.garbage import settle
-    from hfms_cli.models.adapters import read_module
-    from hfms_cli.serving.listen import listen
-    from hfms_cli.serving.owner import Fronts
-    from hfms_cli.serving.runtime import Runtime
-    from hfms_cli.web.app import build_app
-    from hfms_cli.web.listener import Runner
-
-    console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
-    adapters = [read_module(text) for text in config.models.lora_modules]
-    runtime = Runtime.build(config, plugins, hardware)
-    runner = Runner(build_app(runtime))
-    await runner.setup()
     async with contextlib.AsyncExitStack() as opened:
-        opened.push_async_callback(runner.cleanup)
+        ahead = await Ahead.begin() if wanted else None
+        if ahead:
+            opened.push_async_callback(ahead.close)
+        logs.configure(config.log)
+        plugins = discover(config)
+        hardware, engines = (plugins.in_use(kind, config) for kind in ("hardware", "engine"))
+        if ahead and engines:
+            ahead.prepare(engines[0])
+        # Some takes half a second to say what it is. It is asked while the rest is imported and built.
+        probing = asyncio.get_running_loop().run_in_executor(None, lambda: [kind.probe() for kind in hardware])
+
+        from hfms_cli.models.adapters import read_module
+        from hfms_cli.serving.listen import listen
+        from hfms_cli.serving.runtime import Runtime
+
+        adapters = [read_module(text) for text in config.models.lora_modules]
+        runtime = Runtime.build(config, plugins, hardware, engines, ahead)
         opened.push_async_callback(runtime.close)
         try:
             own, *others = await listen(config.server.host, config.server.port, config.server.workers)
@@ -122,6 +118,24 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
                 param="port",
             ) from exc
         await probing
+        stop = _on_signals()
+        loads = runtime.pool.preload(wanted)
+        runtime.pool.adapters.preload(adapters, loads)
+        # They begin, while what answers HTTP is imported.
+        await asyncio.to_thread(import_module, "hfms_cli.web.app")
+
+        from aiohttp import web
+        from rich.console import Console
+
+        from hfms_cli.garbage import settle
+        from hfms_cli.serving.owner import Fronts
+        from hfms_cli.web.app import build_app
+        from hfms_cli.web.listener import Runner
+
+        console = Console(emoji=False, highlight=False)  # `:a:` in a model's name is no emoji
+        runner = Runner(build_app(runtime))
+        await runner.setup()
+        opened.push_async_callback(runner.cleanup)
         for sock in own:
             await web.SockSite(runner, sock).start()
         if others:
@@ -136,9 +150,6 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
                 flags=flags,
             )
             runtime.fronts.start()
-        stop = _on_signals(console)
-        loads = runtime.pool.preload(wanted)
-        runtime.pool.adapters.preload(adapters, loads)
         host, port = own[0].getsockname()[:2]
         _panel(console, runtime, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         settle()
@@ -163,7 +174,7 @@ class _Stop:
         (self.second if self.first.is_set() else self.first).set()
 
 
-def _on_signals(console: Console) -> _Stop:
+def _on_signals() -> _Stop:
     stop = _Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,15 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +18,12 @@ import structlog
 
 from hfms_cli.engines import wire
 from hfms_cli.engines.owed import Owed
+from hfms_cli.engines.process import Ahead, Process
 from hfms_cli.errors import EngineDied, HfmsError, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest, Report, report_nothing
 from hfms_cli.types import Adapter, Call, Chunk, Device, LoadedInfo, Question, Reply
 
 log = structlog.get_logger("hfms.engine")
-
-MAX_LINE = 16_384
-"""Bytes of one line of a worker's stderr that are kept."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +49,6 @@ class _Pending:
     owed: Owed
 
 
-SPINS, LONG_SPINS = "1000", "10000"
-"""Of libgomp's, some tens of microseconds, and some hundreds."""
-SPINNER = "\0hfms-spins"
-"""A name that one process of a machine can have: its worker may spin long. Where there are no such names, none does."""
-
-
-def _right_to_spin() -> socket.socket | None:
-    """The right to a worker that spins long, until this is closed; None while another has it."""
-    name = socket.socket(socket.AF_UNIX)
-    try:
-        name.bind(SPINNER)
-    except OSError:
-        name.close()
-        return None
-    return name
-
-
-def worker_environ(environ: Mapping[str, str], spins: str = SPINS) -> dict[str, str]:
-    """The variables of a worker process.
-
-    It needs no key of ours, and no address of a store, which may hold a password: a model's own code could read them
-    there. And it must spin a little, and not long, while it waits for its other threads: one that sleeps at once has to
-    be woken hundreds of times a token, and libgomp's default keeps a core that another model or the server needs.
-    What the operator has set stays. docs/architecture.md has the figures.
-    """
-    kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET", "_STORE"))}
-    if "OMP_WAIT_POLICY" not in kept:
-        kept.setdefault("GOMP_SPINCOUNT", spins)
-    return kept
-
-
 class EngineHost:
     """A running engine process. Make one with `start`."""
 
@@ -102,7 +62,6 @@ class EngineHost:
         """Tokens that its calls still ask for."""
         self.waiting = 0
         self.memory_bytes = 0
-        self.pid = 0
         self._options = options
         self._device = device
         self._calls: dict[str, _Pending] = {}
@@ -110,28 +69,31 @@ class EngineHost:
         self._asked: dict[int, asyncio.Future[Reply | None]] = {}
         self._loop = asyncio.get_running_loop()
         self._last_beat = self._loop.time()
-        self._stderr: deque[str] = deque(maxlen=20)
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._process: asyncio.subprocess.Process
+        self._process: Process | None = None
         self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter | None = None
+        self._writer: asyncio.StreamWriter
         self._unsent: list[bytes] = []
-        self._stderr_task: asyncio.Task[None]
-        self._spinner: socket.socket | None = None
-        """Held while this is the worker of the machine that may spin long."""
-        self._temporary = ""
-        """The process's own folder for temporary files, which goes when it goes, however it went."""
 
     @classmethod
     async def start(
-        cls, model: str, request: LoadRequest, options: HostOptions, report: Report = report_nothing
+        cls,
+        model: str,
+        request: LoadRequest,
+        options: HostOptions,
+        report: Report = report_nothing,
+        ahead: Ahead | None = None,
     ) -> EngineHost:
-        """Start a process and load the model in it. Raises LoadFailed and what else the engine says."""
+        """Start a process and load the model in it. Raises LoadFailed and what else the engine says.
+
+        ahead: a process that may have been started already.
+        """
         host = cls(model, request.device, options)
         report("start")
         try:
-            await host._spawn()
+            begun = await ahead.take(options.engine) if ahead else None
+            host._join(begun or await Process.start(spins=options.spins))
             host._send(
                 wire.Load(
                     engine=options.engine,
@@ -262,38 +224,21 @@ class EngineHost:
 
     async def kill(self, reason: str) -> None:
         """End the process now."""
-        if not self.ended.done() and self.pid:
-            self._stderr.append(reason)
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None and not self.ended.done():
+            self._process.said.append(reason)
+            self._process.kill()
             await self._reap()
-        elif not self.pid and self._writer is not None:
-            self._writer.close()  # a process that was about to start finds nobody, and ends
-            self._clean_up()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
 
-    async def _spawn(self) -> None:
-        self._temporary = tempfile.mkdtemp(prefix="hfms-")
-        self._spinner = _right_to_spin() if self._options.spins else None
-        environ = worker_environ(os.environ, LONG_SPINS if self._spinner else SPINS)
-        ours, theirs = socket.socketpair()
-        # Connected first: from the moment there is a process, nothing else can be interrupted before it is known.
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "hfms_cli.engines.worker", str(theirs.fileno()), self._temporary),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C in the terminal must not reach it
-                env=environ | {"TMPDIR": self._temporary},
-            )
-        self.pid = self._process.pid
-        self._stderr_task = asyncio.create_task(self._relay(), name=f"stderr {self.model}")
+    def _join(self, process: Process) -> None:
+        process.model = self.model
+        self._process, self._reader, self._writer = process, process.reader, process.writer
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
 
     def _send(self, frame: wire.ToWorker) -> None:
         """Send a frame, together with all others of this turn of the loop: a write costs more than the rest of it."""
@@ -302,7 +247,6 @@ class EngineHost:
         self._unsent.append(wire.pack(frame))
 
     def _write(self) -> None:
-        assert self._writer is not None
         data = b"".join(self._unsent)
         self._unsent.clear()
         if not self._writer.is_closing():
@@ -349,14 +293,10 @@ class EngineHost:
 
     async def _reap(self) -> str:
         """Wait for the process, tell every call, and give the reason."""
-        code = await self._process.wait()
-        with contextlib.suppress(TimeoutError):  # a grandchild may hold the pipe open
-            await asyncio.wait_for(asyncio.shield(self._stderr_task), 1.0)
+        assert self._process is not None
+        code = await self._process.end()
         if self.ended.done():
             return self.ended.result()
-        assert self._writer is not None
-        self._writer.close()
-        self._clean_up()
         self.ended.set_result(self._reason(code))
         if not self._closing:
             log.error("engine process ended", model=self.model, pid=self.pid, reason=self.ended.result())
@@ -367,13 +307,9 @@ class EngineHost:
                 answer.set_exception(self._died())
         return self.ended.result()
 
-    def _clean_up(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        if self._spinner is not None:
-            self._spinner.close()
-
     def _reason(self, code: int) -> str:
-        said = f": {self._stderr[-1]}" if self._stderr else ""
+        assert self._process is not None
+        said = f": {self._process.said[-1]}" if self._process.said else ""
         if code == -signal.SIGKILL and not said:
             said = ": killed; if nobody did this, the machine was out of memory"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -382,16 +318,3 @@ class EngineHost:
     def _died(self) -> EngineDied:
         # The reason is for the log and for operators: a worker's last line may name paths.
         return EngineDied(f"The engine of {self.model} ended before the answer was complete.", retry_after=2.0)
-
-    async def _relay(self) -> None:
-        """The worker's stderr, into our log; a line without an end is cut, not waited for."""
-        assert self._process.stderr is not None
-        rest = b""
-        while data := await self._process.stderr.read(4096):
-            *lines, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
-            if len(rest) > MAX_LINE:
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                if text := line.decode(errors="replace").rstrip():
-                    self._stderr.append(text)
-                    log.info("engine says", model=self.model, line=text)

@@ -18,8 +18,14 @@ from hfms_cli.types import Adapter, Call, Chunk, Device, LoadedInfo, ModelCard, 
 HEADER = struct.Struct("<I")
 
 
+class Import(Struct, tag=True):
+    """May come before `Load`: modules that it will need."""
+
+    modules: list[str]
+
+
 class Load(Struct, tag=True, kw_only=True):
-    """First frame: which engine, and which model. The plugins' settings come along, since flags may have set them."""
+    """Which engine, and which model. The plugins' settings come along, since flags may have set them."""
 
     engine: str
     folder: str
@@ -130,7 +136,7 @@ class Step(Struct, tag=True):
     """Resident memory of the worker's process and of what it has started."""
 
 
-ToWorker = Load | Submit | Cancel | Ask | Adapt | Unadapt | Close
+ToWorker = Import | Load | Submit | Cancel | Ask | Adapt | Unadapt | Close
 ToFront = Phase | Loaded | Failed | Step | Told
 
 _encoder = msgspec.msgpack.Encoder()

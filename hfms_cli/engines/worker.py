@@ -6,6 +6,8 @@ the process when the front's end of the socket closes, however the front died.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -63,9 +65,14 @@ class Link:
         except Empty:
             return frames
 
-    def first(self) -> Any:
-        """The frame that the front opens with."""
-        return self._inbox.get()
+    def order(self) -> wire.Load:
+        """What to load, once the front says so; until then, what it says to import is imported."""
+        while isinstance(frame := self._inbox.get(), wire.Import):
+            for module in frame.modules:
+                with contextlib.suppress(Exception):  # the load will meet it again, and tell
+                    importlib.import_module(module)
+        assert isinstance(frame, wire.Load)
+        return frame
 
     def send(self, frame: wire.ToFront) -> None:
         self._sock.sendall(wire.pack(frame))
@@ -172,7 +179,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print; the front relays stderr into its log
     link = Link(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     try:
-        model = load(link.first(), link)
+        model = load(link.order(), link)
     except Exception as exc:
         if not isinstance(exc, HfmsError):
             traceback.print_exc()

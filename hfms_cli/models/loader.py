@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from hfms_cli.config import Config
 from hfms_cli.engines.host import EngineHost, HostOptions
+from hfms_cli.engines.process import Ahead
 from hfms_cli.errors import BadRequest, DoesNotFit, LoadFailed, UnsafeFormat
 from hfms_cli.hookspecs import Draft, Engine, Hardware, LoadRequest, Progress, Report, report_nothing
 from hfms_cli.models import names
@@ -105,14 +106,19 @@ class Loader:
         hardware: Sequence[Hardware],
         ledger: Ledger | None = None,
         forced: Mapping[str, Mapping[str, Any]] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
-        """forced: options of engines, by name, that win over what the operator and a tuned choice say."""
+        """forced: options of engines, by name, that win over what the operator and a tuned choice say.
+
+        ahead: the process that the first load may take.
+        """
         self.router = router
         self.ledger = ledger or Ledger()
         self._config = config
         self._engines = engines
         self._hardware = hardware
         self._forced = forced or {}
+        self._ahead = ahead
         self.tuned = TunedStore(config.state_dir)
         self._excess: dict[tuple[str, str, str], float] = {}
         """How many times its estimate a model took, by its digest, engine and kind of device."""
@@ -204,7 +210,8 @@ class Loader:
     async def _start(self, model: str, candidate: Candidate, report: Report) -> tuple[EngineHost, Reservation]:
         device = self._now(candidate.request.device)
         with self.ledger.reserved_if_loaded(device, candidate.size) as reservation:
-            host = await EngineHost.start(model, candidate.request, self._host_options(candidate), report)
+            options = self._host_options(candidate)
+            host = await EngineHost.start(model, candidate.request, options, report, self._ahead)
             reservation.taken = lambda: host.held_bytes
             if self._config.models.warm_up:
                 report("warm-up")

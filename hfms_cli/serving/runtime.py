@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 
 from hfms_cli.config import Config
+from hfms_cli.engines.process import Ahead
 from hfms_cli.errors import ConfigError, Unavailable
-from hfms_cli.hookspecs import Hardware, Middleware
+from hfms_cli.hookspecs import Engine, Hardware, Middleware
 from hfms_cli.models.aliases import Aliases
 from hfms_cli.models.catalogue import Catalogue
 from hfms_cli.models.loader import Loader
@@ -85,8 +86,15 @@ class Runtime:
     """Those beside this process, where `workers` asks for some."""
 
     @classmethod
-    def build(cls, config: Config, plugins: Plugins, hardware: Sequence[Hardware]) -> Runtime:
-        """Create what the configuration names. Raises ConfigError, PluginError."""
+    def build(
+        cls,
+        config: Config,
+        plugins: Plugins,
+        hardware: Sequence[Hardware],
+        engines: Sequence[Engine],
+        ahead: Ahead | None = None,
+    ) -> Runtime:
+        """Create what the configuration names. Raises ConfigError, PluginError. ahead: as `Loader` has it."""
         plugins.check(config)
         middlewares = plugins.in_use("middleware", config)
         _refuse_divided_state(config, middlewares)
@@ -95,7 +103,6 @@ class Runtime:
         metrics = Metrics()
         for middleware in middlewares:
             middleware.metrics(metrics.registry)
-        engines = plugins.in_use("engine", config)
         router = open_router(config, plugins, observe=metrics.storage)
         catalogue = Catalogue(config.models.folders)
         catalogue.look()
@@ -107,6 +114,7 @@ class Runtime:
                 engines,
                 hardware,
                 forced={} if config.engine.batching else _one_at_a_time(config, plugins),
+                ahead=ahead,
             ),
             _keeping(config, middlewares),
             aliases=Aliases(config.models.aliases, config.state_dir),

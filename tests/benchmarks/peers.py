@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfms_cli.engines.host import LONG_SPINS, SPINS
+from hfms_cli.engines.process import LONG_SPINS, SPINS
 from tests.benchmarks.install import HERE, TORCH, call, gguf, once, safetensors, venv, version
 
 REPOSITORY = HERE.parents[1]

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hfms_cli.engines.host import EngineHost, HostOptions, worker_environ
+from hfms_cli.engines.host import EngineHost, HostOptions
+from hfms_cli.engines.process import worker_environ
 from hfms_cli.errors import BadRequest, EngineDied, LoadFailed, Overloaded
 from hfms_cli.hookspecs import LoadRequest
 from hfms_cli.types import Call, Chunk, Device, ModelCard, Sampling
@@ -188,7 +189,7 @@ def test_a_workers_threads_spin_only_briefly_unless_the_operator_says_otherwise(
 async def test_of_the_workers_that_would_spin_long_one_does_until_it_ends(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    monkeypatch.setattr("hfms_cli.engines.host.SPINNER", f"\0hfms-test-{os.getpid()}")
+    monkeypatch.setattr("hfms_cli.engines.process.SPINNER", f"\0hfms-test-{os.getpid()}")
 
     async def started(**more) -> tuple[EngineHost, str]:
         host = await EngineHost.start("m", REQUEST, dataclasses.replace(options(), **more))

@@ -121,7 +121,7 @@ def runtime(serve, environ, tmp_path):
         config = load_config(file, environ=environ)
         points = [*entry_points(group="hfms"), EntryPoint("road", "road_test_plugin", "hfms")]
         plugins = discover(config, points)
-        made = Runtime.build(config, plugins, plugins.in_use("hardware", config))
+        made = Runtime.build(config, plugins, *(plugins.in_use(kind, config) for kind in ("hardware", "engine")))
         await made.pool.load("echo:a", alias=alias)
         return made
 

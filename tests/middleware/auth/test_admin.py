@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfms_cli import BadRequest, parse, parse_fields
-from hfms_cli.engines.host import worker_environ
+from hfms_cli.engines.process import worker_environ
 from hfms_middleware.auth.admin import LATEST, KeyRequest
 
 NOW = 1_800_000_000.0
