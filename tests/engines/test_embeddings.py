@@ -424,7 +424,7 @@ def test_a_bad_input_far_down_a_list_ends_the_call_and_no_other(small):
 def test_a_failed_tokenizer_ends_its_calls_and_the_next_are_answered(tiny, monkeypatch, caplog):
     model = load(tiny)
     with monkeypatch.context() as broken:
-        broken.setattr(model._encoder, "_tokenizer", None)
+        broken.setattr(model._encoder, "_backend", object())
         assert isinstance(refusal(model, ["the cat"]), EngineFault)
     assert "the cat" not in caplog.text
     assert embed(model, ["the cat"]).shape == (1, 32)
