@@ -34,11 +34,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from hfms_cli import BadRequest, Structure
 from hfms_engines import structure_check
-from hfms_engines.arrays import like, namespace
 from hfms_engines.beside import Beside
 from hfms_engines.vocabulary import BYTES
 
@@ -80,6 +77,11 @@ class Matcher:
 
         going_on: tokens that end an answer, where they may come only if nothing else can.
         """
+        # Here, for llama.cpp's answers have a structure without numpy.
+        import numpy as np
+
+        from hfms_engines.arrays import like, namespace
+
         bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
         if self.stuck:
             return
