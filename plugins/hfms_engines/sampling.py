@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Below this, a temperature means: the likeliest token.
 GREEDY = 1e-5
+# Callers may ask for any; with more than this, logits would no longer be numbers.
+_MOST_PENALTY = 1e30
 # Tokens whose weights are added up before a draw looks at single ones.
 _BLOCK = 256
 
@@ -114,7 +116,8 @@ class Sampler:
             row[self._stop_ids] = -inf
         if s.repetition_penalty != 1 and (seen := self._prompt + list(self.made)):
             was = row[seen]
-            row[seen] = namespace(row).where(was > 0, was / s.repetition_penalty, was * s.repetition_penalty)
+            penalty = min(max(s.repetition_penalty, 1 / _MOST_PENALTY), _MOST_PENALTY)
+            row[seen] = namespace(row).where(was > 0, was / penalty, was * penalty)
         if self._count and self.made:
             times = like(row, list(self.made.values()))
             row[list(self.made)] -= s.frequency_penalty * times + s.presence_penalty

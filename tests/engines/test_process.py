@@ -67,7 +67,6 @@ async def test_one_that_died_meanwhile_fails_the_load_and_not_the_next():
     ahead = await begun(Engine())
     (waiting,) = workers()
     waiting.kill()
-    await asyncio.to_thread(waiting.wait, 10)
     with pytest.raises(LoadFailed, match="SIGKILL"):
         await EngineHost.start("m", REQUEST, options(), ahead=ahead)
     host = await EngineHost.start("m", REQUEST, options(), ahead=ahead)

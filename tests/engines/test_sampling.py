@@ -181,6 +181,14 @@ def test_a_row_that_is_not_a_number_is_told_and_the_others_are_drawn():
     assert {tokens[0], tokens[3]} <= {0, 1}
 
 
+@pytest.mark.parametrize("settings", [plain, {"temperature": 1.0}, {"temperature": 1e-4, "top_p": 0.5}])
+@pytest.mark.parametrize(("penalty", "token"), [(5e-324, 1), (1e308, 3)])
+def test_the_wildest_repetition_penalty_still_leaves_a_token(settings, penalty, token):
+    row = [0.0, 4.0, -5.0, 30.0, -40.0]
+    said = one(row, prompt=[0, 1, 2], stop_ids=[2], min_tokens=1, repetition_penalty=penalty, **settings)
+    assert said == token
+
+
 @pytest.mark.parametrize("settings", [plain, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}])
 def test_a_row_in_which_nothing_may_come_is_told_and_the_others_are_drawn(settings):
     barred = sampler(stop_ids=[0, 1], min_tokens=1, **settings)
