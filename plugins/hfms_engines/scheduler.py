@@ -44,14 +44,15 @@ from hfms_engines import limits, middle, vocabulary
 from hfms_engines.calls import Choice, OpenCall, Prompt
 from hfms_engines.chats import templated
 from hfms_engines.line import Line
+from hfms_engines.logprobs import scored
 from hfms_engines.pace import Pace
+from hfms_engines.sampling import Sampler, sample
 from hfms_engines.structure import STUCK, Matchers, Workshop
 from hfms_engines.text import CONTEXT, Detokenizer, StopStrings, Withheld, decoder_of, opened, special_tokens
 
 if TYPE_CHECKING:
     from hfms_engines.arrays import Array
     from hfms_engines.lora import Adapters
-    from hfms_engines.sampling import Sampler
     from hfms_engines.structure import Matcher
 
 log = logging.getLogger("hfms.engine")
@@ -175,16 +176,11 @@ class Scheduler(ABC):
         stall_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        from hfms_engines import logprobs, sampling
-
         self.info = info
         self._runner = runner
         self._vocabulary = vocabulary.Vocabulary(runner.tokenizer, runner.silent_ids)
-        self._scored = logprobs.scored
         self._score_tokens = max(1, _LOGITS // runner.vocabulary)
         """Tokens of a prompt that a pass may tell the logprobs of."""
-        self._sample = sampling.sample
-        self._sampler = sampling.Sampler
         self._clock = clock
         self._pace = Pace(prefill_tokens, stall_seconds)
         self._calls: dict[str, OpenCall] = {}
@@ -269,7 +265,7 @@ class Scheduler(ABC):
             index,
             prompt,
             limit,
-            sampler=self._sampler(sampling, prompt=prompt.ids, stop_ids=stop_ids, choice=choice, matcher=matcher),
+            sampler=Sampler(sampling, prompt=prompt.ids, stop_ids=stop_ids, choice=choice, matcher=matcher),
             words=Detokenizer(
                 decoder_of(runner.tokenizer, special=True) if special else runner.decode,
                 skip=() if special else runner.silent_ids,
@@ -406,10 +402,10 @@ class Scheduler(ABC):
         """
         wanted = [i for i, s in enumerate(seqs) if s.sampler.sampling.logprobs is not None]
         raw = logits[wanted] if wanted else None  # a copy: choosing changes what it chooses from
-        tokens: list[int] = self._sample(logits, samplers or [s.sampler for s in seqs])
+        tokens: list[int] = sample(logits, samplers or [s.sampler for s in seqs])
         if raw is not None:
             tops = [seqs[i].sampler.sampling.logprobs or 0 for i in wanted]
-            scores = self._scored(raw, [max(0, tokens[i]) for i in wanted], tops, self._vocabulary)
+            scores = scored(raw, [max(0, tokens[i]) for i in wanted], tops, self._vocabulary)
             for i in wanted:
                 seqs[i].scores.clear()  # what a guess that was wrong has left
             for i, score in zip(wanted, scores, strict=True):
@@ -430,7 +426,7 @@ class Scheduler(ABC):
         assert prompt.scores is not None
         at = len(prompt.scores)
         ids = prompt.ids[at : at + logits.shape[0]]
-        scores = self._scored(logits, ids, [seq.sampler.sampling.logprobs or 0] * len(ids), self._vocabulary)
+        scores = scored(logits, ids, [seq.sampler.sampling.logprobs or 0] * len(ids), self._vocabulary)
 
         def keep() -> None:
             assert prompt.scores is not None

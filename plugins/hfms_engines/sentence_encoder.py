@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from hfms_cli import BadRequest, CallInput, ContextLengthExceeded, Conversation, LoadRequest, Pair, UnsafeFormat
 from hfms_engines.sentence_files import ACTIVATIONS, DenseFile, HeadFile, Recipe, activation, read_file
+from hfms_engines.text import passes_on
 
 Tensor = Any
 
@@ -274,10 +275,7 @@ def _activations() -> dict[str, Callable[[], Any]]:
 
 def _backend(tokenizer: Any) -> Any | None:
     """What a tokenizer passes texts on to, which takes a half of the time; None where it does more than that."""
-    from transformers import PreTrainedTokenizerFast
-
-    kind = type(tokenizer)
-    if any(getattr(kind, n, None) is not getattr(PreTrainedTokenizerFast, n) for n in ("__call__", "_encode_plus")):
+    if not passes_on(tokenizer, "__call__", "_encode_plus"):
         return None
     backend = tokenizer.backend_tokenizer
     # Not cut, whatever the tokenizer's file says.
