@@ -7,7 +7,6 @@ does. Imports nothing heavy.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from hfms_cli import HfmsError, Leftover, LoadFailed, Quality, Report, report_nothing
+from hfms_engines import model_digest
 
 Job = TypeVar("Job", bound=msgspec.Struct)
 
@@ -85,7 +85,8 @@ def converted(
 
 def folder_of(model: Path, modules: Sequence[str], variant: str, cache_dir: str) -> Path:
     """Where a conversion is, once it is made; as for `converted`."""
-    return _root(cache_dir) / f"{_digest_of_model(model)}-{variant}-{_digest_of_makers(modules)}"
+    root = _root(cache_dir)
+    return root / f"{model_digest.of_model(model, root)}-{variant}-{_digest_of_makers(modules)}"
 
 
 def _root(cache_dir: str) -> Path:
@@ -127,22 +128,10 @@ def _remove_abandoned(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _digest_of_model(folder: Path) -> str:
-    return _digest(sorted(p for p in folder.rglob("*") if p.is_file()))
-
-
 def _digest_of_makers(modules: Sequence[str]) -> str:
     """Names what a conversion depends on beside the model: the code, and the versions of what it uses."""
     versions = [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
-    return _digest([Path(__file__).with_name(f"{name}.py") for name in modules], *versions)
-
-
-def _digest(files: Iterable[Path], *more: str) -> str:
-    digest = hashlib.sha256("\n".join(more).encode())
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:32]
+    return model_digest.of_files([Path(__file__).with_name(f"{name}.py") for name in modules], *versions)
 
 
 def _run(maker: str, job: msgspec.Struct, out: Path, report: Report) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 import openvino
 import torch
 
-from hfms_engines import conversion, openvino_export, openvino_runner, torch_runner
+from hfms_engines import conversion, model_digest, openvino_export, openvino_runner, torch_runner
 from hfms_engines.paged import PagedScheduler
 from tests.engines import tiny
 from tests.engines.driving import CPU, call, drain, gguf_card, prompts
@@ -126,6 +126,13 @@ def test_every_family_that_the_engine_takes_is_tested_here():
     assert {tiny.ARCHITECTURES[name]().model_type for name in TESTED} == FAMILIES
 
 
+def test_serving_does_without_openvinos_converter_and_makers_have_it():
+    code = "import sys, hfms_engines.openvino_runner; print('openvino.tools.ovc' in sys.modules, end=' ')"
+    more = "from openvino.tools.ovc import convert_model; print(callable(convert_model))"
+    said = subprocess.run([sys.executable, "-c", f"{code}; {more}"], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "True"]
+
+
 def test_a_conversion_tells_nobody():
     code = "import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
     run = [sys.executable, "-c", f"import hfms_engines.openvino_export; {code}"]
@@ -211,7 +218,7 @@ def test_a_load_may_ask_for_other_weights_than_the_options_say(llama, tmp_path):
 
 def test_what_other_versions_have_made_of_a_model_goes_when_there_is_a_new_one(llama, tmp_path):
     root = tmp_path / "openvino"
-    model = conversion._digest_of_model(llama)
+    model = model_digest.of_model(llama, root)
     made = [f"{model}-none-old", f"{model}-int8-old", "other-none-old"]
     for name in made:
         (root / name).mkdir(parents=True)
