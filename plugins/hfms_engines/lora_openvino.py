@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
 
+from hfms_engines.lean_openvino import ops, ov
 from hfms_engines.lora import Adapters, Shape
 
 __all__ = ["Changes", "add_inputs", "is_input", "layer_of", "merged_name"]

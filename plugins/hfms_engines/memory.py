@@ -17,7 +17,7 @@ from hfms_cli import Footprint, LoadRequest, ModelCard
 
 MIB = 2**20
 TORCH_PROCESS = 408 * MIB
-OPENVINO_PROCESS = 144 * MIB
+OPENVINO_PROCESS = 138 * MIB
 # What torch takes of a process that has openvino already.
 _TORCH_BESIDE = 205 * MIB
 # What a build of torch for GPUs takes more of the machine's memory, used or not.

@@ -99,7 +99,7 @@ class OpenVinoEngine:
     name = "openvino"
     tasks: tuple[Task, ...] = ("generate",)
     packages = ("openvino", "torch", "transformers")
-    imports = ("hfms_engines.openvino_runner",)
+    imports = ("hfms_engines.openvino_runner", "hfms_engines.paged")
     quantizes: tuple[Quantize, ...] = ("int8", "int4")
     drafts = True
 

@@ -14,27 +14,21 @@ OpenVINO runs that operator and cannot write it to a file. So files have a commo
 inputs and the same name, and `read` puts the right one back.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-# Its converter would tell its makers that it ran, unless it was told not to. Without this package it cannot.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-
 import msgspec
 import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
 
 from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard, Quality
 from hfms_engines import tokenizer_files
 from hfms_engines.conversion import QUALITY, begin, main, say
+from hfms_engines.lean_openvino import ops, ov
 from hfms_engines.lora_openvino import layer_of, merged_name
 
 MODEL = "openvino_model.xml"
@@ -105,12 +99,14 @@ def read(core: Any, folder: Path) -> Any:
     inputs = {port.get_any_name(): port for port in model.inputs}
     tables = [inputs[name] for name in INPUTS[2:7]]
     found = {node.get_friendly_name(): node for node in model.get_ops()}
+    # One of each for all layers: five hundred nodes less in a small model.
+    constant = cache(lambda value, kind, *shape: ops.constant(np.full(shape, value), kind).output(0))
     for i, layer in enumerate(about.layers):
         stand_in = found[_name(i)]
         states = [port.get_source_output() for port in found[_name(i) + "/in"].inputs()]
         caches = [inputs[name] for name in cache_names(i)]
         stand_in.output(0).replace(
-            _paged([*states, *(port.get_node().output(0) for port in [*caches, *tables])], layer)
+            _paged([*states, *(port.get_node().output(0) for port in [*caches, *tables])], layer, constant)
         )
     model.validate_nodes_and_infer_types()
     return model
@@ -129,23 +125,16 @@ def cache_names(layer: int) -> tuple[str, str]:
     return f"key_cache.{layer}", f"value_cache.{layer}"
 
 
-def _paged(inputs: list[Any], layer: Layer) -> Any:
+def _paged(inputs: list[Any], layer: Layer, constant: Callable[..., Any]) -> Any:
     """The output of paged attention, [tokens, heads * value_width].
 
     inputs: query, key and value, [tokens, heads * width]; the layer's two caches; the tables, as `INPUTS` has them.
+    constant: the output of one that is so everywhere, by its value, kind and shape.
     """
-
-    def none(kind: Any, *shape: int) -> Any:
-        return ops.constant(np.zeros(shape), kind).output(0)
-
+    none = partial(constant, 0)
     i32, f32 = ov.Type.i32, ov.Type.f32
     *first, longest = inputs
-    first += [
-        ops.constant(layer.scale, f32).output(0),
-        ops.constant(layer.window, i32).output(0),
-        none(f32, 0),
-        longest,
-    ]
+    first += [constant(layer.scale, f32), constant(layer.window, i32), none(f32, 0), longest]
     # What we use nothing of: scores, rotation, sparse attention, sinks, eviction, types of tokens, bias.
     first += [none(i32, 0), none(i32, 0), none(i32, 0), none(f32, 0), none(f32, 0), none(i32), none(i32)]
     first += [none(f32, 0, 0, 0, 0), none(i32), none(i32, 0), none(i32, 0), none(i32, 0), none(i32, 0)]
@@ -164,6 +153,7 @@ def convert(model: Any) -> tuple[Any, list[Layer]]:
     """The OpenVINO model of a transformers model, with stand-ins for attention, and what stands there."""
     import torch
     from openvino.frontend.pytorch import ConversionExtension
+    from openvino.tools.ovc import convert_model
     from transformers import AttentionInterface
 
     layers: dict[int, Layer] = {}
@@ -229,7 +219,7 @@ def convert(model: Any) -> tuple[Any, list[Layer]]:
     with torch.no_grad(), warnings.catch_warnings():
         # Sizes become constants of the model, as they should.
         warnings.simplefilter("ignore")
-        made = ov.convert_model(
+        made = convert_model(
             Traced(),
             example_input=(tokens, tokens - 3, torch.tensor([2, 4])),
             extension=ConversionExtension("hfms::attend", translate),

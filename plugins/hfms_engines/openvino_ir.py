@@ -11,34 +11,29 @@ second copy of the weights, so it is done with each load. What is kept is what t
 the same with paged attention as it did without.
 """
 
-# ruff: noqa: I001
-
 from __future__ import annotations
 
 import math
 from pathlib import Path
 from typing import Any
 
-# First: openvino is not to tell its makers that it ran.
+import msgspec
+import numpy as np
+
+from hfms_cli import LoadFailed
+from hfms_engines import tokenizer_files
+from hfms_engines.conversion import begin, main, say
+from hfms_engines.lean_openvino import ops, ov
 from hfms_engines.openvino_export import (
     INPUTS,
     MODEL,
     PROOF,
     About,
     Job,
-    compare,
     cache_names,
+    compare,
     refuse_moving_positions,
 )
-
-import msgspec
-import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
-
-from hfms_cli import LoadFailed
-from hfms_engines import tokenizer_files
-from hfms_engines.conversion import begin, main, say
 
 _STATEFUL = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
 """Inputs of a model that keeps its past itself."""

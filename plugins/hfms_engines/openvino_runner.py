@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import openvino as ov
 
 from hfms_cli import DoesNotFit, LoadFailed
 from hfms_engines import openvino_ir, tokenizer_files
 from hfms_engines.blocks import Blocks
+from hfms_engines.lean_openvino import ov
 from hfms_engines.lora_openvino import Changes, add_inputs, is_input
 from hfms_engines.machine import physical_cores
 from hfms_engines.openvino_export import INPUTS, MODEL, About, read
@@ -195,12 +195,12 @@ def load(
     precision = precision_of(core, dtype)
     about = msgspec.json.decode((folder / MODEL).with_suffix(".json").read_bytes(), type=About)
     short = SHORT[precision]
-    # Importing transformers takes about as long as compiling, which does not hold Python up.
     with ThreadPoolExecutor(1) as beside:
-        tokenizer = beside.submit(tokenizer_files.read, folder, about.tokenizer)
         try:
             model = openvino_ir.read(core, graph) if graph else read(core, folder)
             layers = add_inputs(model, "wanted") if max_loras else {}
+            # Importing transformers takes about as long as compiling, which does not hold Python up.
+            tokenizer = beside.submit(tokenizer_files.read, folder, about.tokenizer)
             compiled = core.compile_model(
                 model,
                 "CPU",

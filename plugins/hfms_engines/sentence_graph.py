@@ -6,24 +6,20 @@ of it beside the graph, transformers says of the model's configuration, without 
 Imports openvino and torch: for worker processes only.
 """
 
-# ruff: noqa: I001
-
 from __future__ import annotations
 
 from typing import Any
 
-# First: openvino is not to tell its makers that it ran.
-from hfms_engines.sentence_openvino import STEP, compiled
-
-import openvino as ov
 import torch
 import transformers
 
 from hfms_cli import LoadFailed, LoadRequest
 from hfms_engines import sentence_torch
+from hfms_engines.lean_openvino import ov
 from hfms_engines.openvino_runner import precision_of
 from hfms_engines.sentence_encoder import About
 from hfms_engines.sentence_files import Recipe
+from hfms_engines.sentence_openvino import STEP, compiled
 
 _TAKES = ("input_ids", "attention_mask", "token_type_ids")
 # What exporters call the states of tokens; a cross-encoder's graph has logits.

@@ -8,21 +8,14 @@ for the process itself. The model is traced by OpenVINO's own front end, and com
 Imports openvino and torch: for worker processes only.
 """
 
-# ruff: noqa: I001
-
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-# First: openvino is not to tell its makers that it ran.
-from hfms_engines.openvino_export import MODEL, quantize, share, shrink
-from hfms_engines.openvino_runner import SHORT, precision_of
-
 import msgspec
 import numpy as np
-import openvino as ov
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,6 +25,9 @@ from transformers.masking_utils import sdpa_mask
 from hfms_cli import Device, LoadFailed, LoadRequest, ModelCard
 from hfms_engines import sentence_torch
 from hfms_engines.conversion import SENTENCES, converted, main, say
+from hfms_engines.lean_openvino import ov
+from hfms_engines.openvino_export import MODEL, quantize, share, shrink
+from hfms_engines.openvino_runner import SHORT, precision_of
 from hfms_engines.sentence_encoder import About, Encoder, Input
 from hfms_engines.sentence_files import Recipe
 
@@ -152,6 +148,8 @@ def make(job: Job, out: Path) -> None:
 
 def _trace(theirs: sentence_torch.Runner) -> Any:
     """The OpenVINO model of a batch of any size and length."""
+    from openvino.tools.ovc import convert_model
+
     model = theirs.module.model
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register("hfms_finite", _attend)
@@ -160,7 +158,7 @@ def _trace(theirs: sentence_torch.Runner) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         # Its sizes become constants of the model, as they should.
         warnings.simplefilter("ignore")
-        return ov.convert_model(theirs.module, example_input=_example(theirs.about, rows=3, length=7))
+        return convert_model(theirs.module, example_input=_example(theirs.about, rows=3, length=7))
 
 
 def _attend(
