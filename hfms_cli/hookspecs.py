@@ -293,6 +293,8 @@ class Engine(Protocol):
       machine may wait busily for longer;
     - `packages`: the Python packages by whose versions it is faster or slower. Where one changes, what `hfms models
       tune` found is measured anew. Options named `threads`, `max_batch` and `prefill_tokens` are tuned by these names.
+
+    hfms sets `name`, and `plugin`: where its entry point says that it is. A worker loads that plugin and no other.
     """
 
     name: str

@@ -31,6 +31,7 @@ class PluginInfo:
 
     name: str
     module: str
+    """As its entry point names it."""
     package: str
     version: str
     provides: list[str] = field(default_factory=list)
@@ -106,9 +107,12 @@ class Plugins:
 
         where: what names it, for the message.
         """
+        return self._found(kind, name, where)[0]
+
+    def _found(self, kind: str, name: str, where: str) -> tuple[Provider[Any], PluginInfo]:
         found = self._records.get((kind, name), [])
         if len(found) == 1:
-            return found[0][0]
+            return found[0]
         if found:
             who = " and ".join(f"{i.name} ({i.package} {i.version})" for _, i in found)
             raise PluginError(f"{kind} `{name}` is provided by {who}; disable one under [plugins] disabled", param=name)
@@ -120,7 +124,7 @@ class Plugins:
 
     def create(self, kind: str, name: str, config: Config) -> Any:
         """Make the object that a record stands for, with its options checked. Raises PluginError, ConfigError."""
-        record = self.record(kind, name, config.naming(kind, name))
+        record, info = self._found(kind, name, config.naming(kind, name))
         options = config.plugin_options(kind, name, record.options)
         try:
             made = record.create() if record.options is NoOptions else record.create(options)
@@ -128,7 +132,7 @@ class Plugins:
             raise
         except (Exception, SystemExit) as exc:
             raise PluginError(f"{kind} `{name}` could not be made: {_reason(exc)}", param=name) from exc
-        made.name = name
+        made.name, made.plugin = name, info.module
         return made
 
     def in_use(self, kind: str, config: Config) -> list[Any]:
@@ -177,7 +181,7 @@ class Plugins:
 
 
 def discover(config: Config, found: list[EntryPoint] | None = None) -> Plugins:
-    """Load every entry point of the group, each on its own. `found` replaces the installed ones in tests."""
+    """Load every entry point of the group, each on its own. found: these, and not all that are installed."""
     plugins = Plugins()
     points = entry_points(group=GROUP) if found is None else found
     for point in sorted(points, key=lambda p: p.name):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hfms_cli.models.served import ServedModel
     from hfms_cli.serving.runtime import Runtime
 
+HEAD_START_SECONDS = 0.3
+"""How long HTTP waits at most until the first load has got as far as to its process."""
 LOOK_SECONDS = 0.5
 """How often a terminal is told what the loads do."""
 
@@ -121,7 +123,10 @@ async def _serve(config: Config, file: Path | None, flags: dict[str, dict[str, A
         stop = _on_signals()
         loads = runtime.pool.preload(wanted)
         runtime.pool.adapters.preload(adapters, loads)
-        # They begin, while what answers HTTP is imported.
+        if ahead:
+            # Importing what answers HTTP would hold the loads up; a fetch that takes long does not hold that up.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ahead.asked_for.wait(), HEAD_START_SECONDS)
         await asyncio.to_thread(import_module, "hfms_cli.web.app")
 
         from aiohttp import web

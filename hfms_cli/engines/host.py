@@ -33,7 +33,8 @@ class HostOptions:
     engine: str
     engine_options: dict[str, Any]
     config_file: str
-    disabled_plugins: list[str]
+    plugin: str
+    """Which has the engine, as `hookspecs.Engine` says."""
     max_calls: int = 256
     heartbeat_seconds: float = 60.0
     load_seconds: float = 600.0
@@ -106,7 +107,7 @@ class EngineHost:
                     draft=(str(request.draft.folder), request.draft.card) if request.draft else None,
                     options=options.engine_options,
                     config_file=options.config_file,
-                    disabled_plugins=options.disabled_plugins,
+                    plugin=options.plugin,
                 )
             )
             async with asyncio.timeout(options.load_seconds):

@@ -18,14 +18,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import structlog
-
 from hfms_cli.engines import wire
 
 if TYPE_CHECKING:
     from hfms_cli.hookspecs import Engine
-
-log = structlog.get_logger("hfms.engine")
 
 MAX_LINE = 16_384
 """Bytes of one line of a worker's stderr that are kept."""
@@ -41,9 +37,11 @@ def worker_environ(environ: Mapping[str, str], spins: str = SPINS) -> dict[str, 
     It needs no key of ours, and no address of a store, which may hold a password: a model's own code could read them
     there. And it must spin a little, and not long, while it waits for its other threads: one that sleeps at once has to
     be woken hundreds of times a token, and libgomp's default keeps a core that another model or the server needs.
+    numpy's own threads are left out: engines have theirs, and these spin for a tenth of a second when they begin.
     What the operator has set stays. docs/architecture.md has the figures.
     """
     kept = {k: v for k, v in environ.items() if not k.endswith(("API_KEY", "_TOKEN", "_SECRET", "_STORE"))}
+    kept.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "OMP_WAIT_POLICY" not in kept:
         kept.setdefault("GOMP_SPINCOUNT", spins)
     return kept
@@ -120,6 +118,9 @@ class Process:
 
     async def _relay(self) -> None:
         """The worker's stderr, into our log; a line without an end is cut, not waited for."""
+        import structlog  # which takes longer than to begin a process, and one is begun first of all
+
+        log = structlog.get_logger("hfms.engine")
         assert self._process.stderr is not None
         rest = b""
         while data := await self._process.stderr.read(4096):
@@ -138,6 +139,8 @@ class Ahead:
     def __init__(self, process: Process) -> None:
         self._process: Process | None = process
         self._engine = ""
+        self.asked_for = asyncio.Event()
+        """Whether a load has come as far as to need a process."""
 
     @classmethod
     async def begin(cls) -> Ahead:
@@ -152,6 +155,7 @@ class Ahead:
 
     async def take(self, engine: str) -> Process | None:
         """The process, the first time that one is asked for, if it is of that engine."""
+        self.asked_for.set()
         if engine != self._engine:
             await self.close()
         process, self._process = self._process, None

@@ -39,7 +39,8 @@ class Load(Struct, tag=True, kw_only=True):
     options: dict[str, Any]
     """The table `[engine.<name>]`, unread."""
     config_file: str
-    disabled_plugins: list[str]
+    plugin: str
+    """As `hookspecs.Engine` says."""
 
 
 class Submit(Struct, tag=True):

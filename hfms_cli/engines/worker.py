@@ -17,19 +17,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import psutil
 
-from hfms_cli.config import Config, PluginsConfig
+from hfms_cli.config import Config
 from hfms_cli.engines import wire
 from hfms_cli.engines.resident import tree_bytes
 from hfms_cli.errors import BadRequest, EngineFault, HfmsError, LoadFailed, StartupError
 from hfms_cli.garbage import collect_rarely, settle
 from hfms_cli.hookspecs import Draft, LoadedModel, LoadRequest
-from hfms_cli.plugins import discover
+from hfms_cli.plugins import GROUP, discover
 from hfms_cli.types import Chunk
 
 BEAT_SECONDS = 1.0
@@ -91,11 +92,10 @@ def load(order: wire.Load, link: Link) -> LoadedModel:
     """Make the engine by its plugin and let it load the model."""
     config = Config(
         options={("engine", order.engine): order.options},
-        plugins=PluginsConfig(disabled=order.disabled_plugins),
         file=order.config_file,
         environ=os.environ,
     )
-    plugins = discover(config)
+    plugins = discover(config, [EntryPoint(order.engine, order.plugin, GROUP)])
     request = LoadRequest(
         folder=Path(order.folder),
         card=order.card,

@@ -361,7 +361,7 @@ class Loader:
             engine=engine,
             engine_options={**candidate.options, **self.set_options(engine), **self._forced.get(engine, {})},
             config_file=config.file,
-            disabled_plugins=config.plugins.disabled,
+            plugin=candidate.engine.plugin,  # type: ignore[attr-defined]  # set by `Plugins.create`
             max_calls=config.engine.max_calls,
             heartbeat_seconds=config.engine.heartbeat_seconds,
             load_seconds=config.models.load_seconds,

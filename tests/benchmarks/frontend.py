@@ -44,7 +44,7 @@ async def engine(step_ms: float) -> AsyncIterator[tuple[Send, Callable[[], dict[
     """The engine's process alone: what asks it, and the CPU seconds that its processes had."""
     card = ModelCard(format="none", model_type="echo", architecture="EchoModel", tasks=("generate",), weights_bytes=0)
     cpu = Device(id="cpu", kind="cpu", name="cpu", total_bytes=1, free_bytes=1, torch_device="cpu")
-    options = HostOptions("echo", {"step_ms": step_ms}, "hfms.toml", [])
+    options = HostOptions("echo", {"step_ms": step_ms}, "hfms.toml", "hfms_engines")
     host = await EngineHost.start("a", LoadRequest(folder=Path("/nowhere"), card=card, device=cpu), options)
     numbers = iter(range(10**9))
 

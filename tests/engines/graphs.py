@@ -11,6 +11,7 @@ import openvino as ov
 import torch
 import transformers
 from openvino import opset13 as ops
+from openvino.tools.ovc import convert_model
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import repeat_kv
 
@@ -79,7 +80,7 @@ def decoder_ir(source: Path, folder: Path) -> Path:
     }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = ov.convert_model(_Stateless(model), example_input=example)
+        made = convert_model(_Stateless(model), example_input=example)
     for node in made.get_ops():  # optimum has no module around the model
         node.set_friendly_name(node.get_friendly_name().replace("__module.model.", "__module.", 1))
     first = made.inputs[:3]
@@ -150,7 +151,7 @@ def encoder_ir(source: Path, folder: Path, *, within: str = "") -> Path:
     module, example, output = _encoder(source)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = ov.convert_model(module, example_input=example)
+        made = convert_model(module, example_input=example)
     for name, port in zip(INPUTS, made.inputs, strict=True):
         port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
         port.set_names({name})

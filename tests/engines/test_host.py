@@ -29,7 +29,7 @@ REQUEST = LoadRequest(folder=Path("/nowhere"), card=CARD, device=CPU)
 def options(
     engine: str = "echo", *, max_calls: int = 8, heartbeat: float = 30.0, **engine_options: object
 ) -> HostOptions:
-    return HostOptions(engine, dict(engine_options), "hfms.toml", [], max_calls, heartbeat)
+    return HostOptions(engine, dict(engine_options), "hfms.toml", "hfms_engines", max_calls, heartbeat)
 
 
 def call(text: str = "one two three", call_id: str = "c1", **sampling: object) -> Call:
@@ -75,6 +75,29 @@ async def test_calls_run_side_by_side_in_one_process():
         assert texts == [f"a{i} b{i}" for i in range(8)]
     finally:
         await host.close()
+
+
+async def test_a_worker_loads_the_plugin_of_its_engine_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "lonely.py").write_text(
+        "import sys\n"
+        "from hfms_cli import LoadFailed, Provider, hookimpl\n"
+        "class Lonely:\n"
+        "    def load(self, request):\n"
+        "        raise LoadFailed(' '.join(sorted(m for m in sys.modules if m.startswith('hfms'))))\n"
+        "@hookimpl\n"
+        "def hfms_engines():\n"
+        "    yield Provider('lonely', Lonely)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(LoadFailed) as failed:
+        await EngineHost.start("m", REQUEST, dataclasses.replace(options("lonely"), plugin="lonely"))
+    there = {module.partition(".")[0] for module in failed.value.message.split()}
+    assert there == {"hfms_cli"}
+
+
+async def test_a_plugin_that_the_worker_cannot_import_fails_the_load_with_its_reason():
+    with pytest.raises(LoadFailed, match=r"no plugin provides.*No module named 'gone'"):
+        await EngineHost.start("m", REQUEST, dataclasses.replace(options(), plugin="gone"))
 
 
 async def test_leaving_a_stream_early_cancels_the_call_in_the_worker():
@@ -183,7 +206,12 @@ async def test_a_worker_ends_by_itself_when_its_front_is_killed(tmp_path):
 def test_a_workers_threads_spin_only_briefly_unless_the_operator_says_otherwise():
     assert worker_environ({})["GOMP_SPINCOUNT"] == "1000"
     assert worker_environ({"GOMP_SPINCOUNT": "100"})["GOMP_SPINCOUNT"] == "100"
-    assert worker_environ({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}
+    assert "GOMP_SPINCOUNT" not in worker_environ({"OMP_WAIT_POLICY": "active"})
+
+
+def test_numpy_has_no_threads_of_its_own_unless_the_operator_says_otherwise():
+    assert worker_environ({})["OPENBLAS_NUM_THREADS"] == "1"
+    assert worker_environ({"OPENBLAS_NUM_THREADS": "2"})["OPENBLAS_NUM_THREADS"] == "2"
 
 
 async def test_of_the_workers_that_would_spin_long_one_does_until_it_ends(monkeypatch):

@@ -78,7 +78,7 @@ async def measured(
     request = LoadRequest(
         folder=folder, card=card, device=CPU, dtype=dtype, quantize="auto" if quantize == "none" else quantize
     )
-    host = await EngineHost.start("m", request, HostOptions(engine, options, "hfms.toml", []))
+    host = await EngineHost.start("m", request, HostOptions(engine, options, "hfms.toml", "hfms_engines"))
     process = psutil.Process(host.pid)
     # A first load converts elsewhere, so here there is no torch either.
     assert any("libtorch" in m.path for m in process.memory_maps()) == (engine != "openvino")

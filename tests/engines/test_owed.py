@@ -91,7 +91,7 @@ class Wired:
     @classmethod
     async def make(cls) -> Wired:
         ours, theirs = socket.socketpair()
-        host = EngineHost("m", CPU, HostOptions("test", {}, "hfms.toml", [], 3))
+        host = EngineHost("m", CPU, HostOptions("test", {}, "hfms.toml", "hfms_engines", 3))
         host.info = INFO
         host._reader, host._writer = await asyncio.open_connection(sock=ours)
         _, worker = await asyncio.open_connection(sock=theirs)

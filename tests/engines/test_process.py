@@ -63,6 +63,14 @@ async def test_it_has_imported_what_the_engine_needs_and_a_module_that_fails_cos
         await host.close()
 
 
+async def test_it_tells_when_a_load_has_come_so_far():
+    ahead = await begun(Engine("another"))
+    assert not ahead.asked_for.is_set()
+    host = await EngineHost.start("m", REQUEST, options(), ahead=ahead)
+    assert ahead.asked_for.is_set()
+    await host.close()
+
+
 async def test_one_that_died_meanwhile_fails_the_load_and_not_the_next():
     ahead = await begun(Engine())
     (waiting,) = workers()

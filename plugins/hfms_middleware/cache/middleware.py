@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange, operation, require_admin, respond
+from hfms_cli import Call, Caller, Chunk, Middleware, Proceed, exchange
 from hfms_middleware.cache.answers import Answers, MemoryAnswers, RedisAnswers
 from hfms_middleware.cache.flight import Flight
 from hfms_middleware.cache.options import CacheOptions
@@ -130,6 +130,8 @@ class Cache(Middleware):
         return await self._answers.clear()
 
     def routes(self, app: web.Application) -> None:
+        from hfms_cli import operation, require_admin, respond
+
         @operation("Administration", dict[str, Any], errors=(403,))
         async def stats(request: web.Request) -> web.Response:
             """Hits, misses and bytes of the cache. Administrators only."""

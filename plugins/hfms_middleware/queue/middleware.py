@@ -22,9 +22,6 @@ from hfms_cli import (
     Middleware,
     Overloaded,
     Proceed,
-    operation,
-    require_admin,
-    respond,
 )
 from hfms_middleware.queue.options import QueueOptions
 
@@ -125,6 +122,8 @@ class Queue(Middleware):
         return self.statistics()
 
     def routes(self, app: web.Application) -> None:
+        from hfms_cli import operation, require_admin, respond
+
         @operation("Administration", dict[str, Any], errors=(403,))
         async def stats(request: web.Request) -> web.StreamResponse:
             """Who waits, and what became of those who did. Administrators only."""

@@ -28,7 +28,6 @@ from hfms_cli import (
     Proceed,
     Speech,
     Unavailable,
-    caller_of,
     exchange,
     in_owner,
 )
@@ -75,6 +74,8 @@ class RateLimit(Middleware):
     async def http(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        from hfms_cli import caller_of  # aiohttp takes long, and the first model need not wait for it
+
         caller = caller_of(request)
         # Of tokens nothing is taken here: it is asked what is left, so that every answer can tell.
         wants = dict.fromkeys(self._request_limits(caller), 1.0) | dict.fromkeys(self._token_limits(caller), 0.0)
