@@ -1,12 +1,15 @@
 """More names for models: those of `[models] aliases`, then those that `hfms models alias` has made.
 
-A running server sees the latter at once: they lie in a file of the state folder, which is read again when it changes.
+A running server sees the latter within `LOOK_SECONDS`: they lie in a file of the state folder, which is read again when
+it changes. To look at it for each of the half dozen questions of a call would be a twentieth of what a call costs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -17,25 +20,31 @@ from hfms_cli.models import names
 __all__ = ["Aliases"]
 
 FILE = "aliases.json"
+LOOK_SECONDS = 0.1
 
 
 class Aliases(Mapping[str, str]):
     """Alias -> model, as people write it."""
 
-    def __init__(self, configured: Mapping[str, str], state_dir: Path) -> None:
+    def __init__(
+        self, configured: Mapping[str, str], state_dir: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.configured = dict(configured)
+        self._clock = clock
+        self._looked = -inf
+        """When it was last seen whether the file has changed."""
         self._file = state_dir / FILE
         self._stamp: tuple[int, int, int] | None = None
         self._made: dict[str, str] = {}
 
     def __getitem__(self, alias: str) -> str:
-        return self.configured[alias] if alias in self.configured else self._now()[alias]
+        return self.configured[alias] if alias in self.configured else self._lately()[alias]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._now() | self.configured)
+        return iter(self._lately() | self.configured)
 
     def __len__(self) -> int:
-        return len(self._now() | self.configured)
+        return len(self._lately() | self.configured)
 
     def add(self, alias: str, model: str) -> None:
         """Raises BadRequest where either is no name, Conflict, and ConfigError where the file cannot be written."""
@@ -56,7 +65,11 @@ class Aliases(Mapping[str, str]):
             raise NotFound(f"There is no alias `{alias}`; there are: {', '.join(self) or 'none'}.", param="alias")
         self._write(made)
 
+    def _lately(self) -> dict[str, str]:
+        return self._now() if self._clock() - self._looked >= LOOK_SECONDS else self._made
+
     def _now(self) -> dict[str, str]:
+        self._looked = self._clock()
         try:
             stat = self._file.stat()
             stamp = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
@@ -75,5 +88,6 @@ class Aliases(Mapping[str, str]):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(msgspec.json.encode(made))
             draft.replace(self._file)
+            self._looked = -inf
         except OSError as exc:
             raise ConfigError(f"Aliases cannot be written to {self._file.parent}: {exc.strerror}.") from exc

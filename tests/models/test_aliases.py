@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hfms_cli.errors import BadRequest, Conflict, NotFound
-from hfms_cli.models.aliases import Aliases
+from hfms_cli.models.aliases import LOOK_SECONDS, Aliases
 from tests.storage.verbs import hfms
 
 
@@ -17,15 +17,30 @@ def aliases(tmp_path):
     return Aliases({"house": "org/house"}, tmp_path)
 
 
-def test_an_alias_that_was_made_is_seen_by_others_at_once(aliases, tmp_path):
-    other = Aliases({"house": "org/house"}, tmp_path)
+def test_an_alias_that_was_made_is_seen_at_once_here_and_by_others_when_they_look_again(aliases, tmp_path):
+    now = [0.0]
+    other = Aliases({"house": "org/house"}, tmp_path, lambda: now[0])
     assert dict(other) == {"house": "org/house"}
     aliases.add("mine", "org/name@v1")
+    assert aliases["mine"] == "org/name@v1"
+    assert "mine" not in other
+    now[0] += LOOK_SECONDS
     assert other["mine"] == "org/name@v1"
     aliases.add("mine", "org/other")
+    now[0] += LOOK_SECONDS
     assert other["mine"] == "org/other"
     aliases.remove("mine")
+    assert "mine" not in aliases
+    now[0] += LOOK_SECONDS
     assert "mine" not in other
+
+
+def test_what_others_have_made_is_kept_also_by_one_that_has_not_looked_again(aliases, tmp_path):
+    other = Aliases({}, tmp_path, lambda: 0.0)
+    assert not dict(other)
+    aliases.add("mine", "org/name")
+    other.add("yours", "org/other")
+    assert dict(Aliases({}, tmp_path)) == {"mine": "org/name", "yours": "org/other"}
 
 
 def test_what_the_configuration_says_is_changed_only_there(aliases):

@@ -109,7 +109,7 @@ async def test_every_byte_is_back_after_unloading(serve):
 class Grumpy:
     """An engine that supports everything and, since no worker knows it, loads nothing."""
 
-    name = "grumpy"
+    name, plugin = "grumpy", "hfms_engines"
     tasks = ("generate",)
 
     def supports(self, card, device):

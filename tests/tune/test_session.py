@@ -56,7 +56,7 @@ async def test_one_at_a_time_tunes_for_latency_only(serve):
 class Rounding:
     """An engine that says it quantises, and whose worker is the echo engine's under another name."""
 
-    name = "grumpy"
+    name, plugin = "grumpy", "hfms_engines"
     tasks = ("generate",)
     quantizes = ("int8",)
 
