@@ -32,10 +32,9 @@ _TORCH_HALF = 1.5
 # OpenVINO holds some weights in two layouts, for one token and for many.
 _OPENVINO_LAYOUTS = 1.2
 _OPENVINO_HALF_LAYOUTS = 1.5
-# Those of few bits all of them.
-_OPENVINO_SMALL_LAYOUTS = 2.2
-# Bytes of a weight in four bits, with scales and zeros, and embeddings in eight bits.
-_FOUR_BITS = 0.6
+# Those of few bits all of them, and four bits in more room than they need. Bytes of a weight as it is mapped, with
+# scales, zeros, and embeddings in eight bits, and as it is laid out.
+_OPENVINO_SMALL = {"int8": (1.0, 2.0), "int4": (0.6, 1.75)}
 
 
 def cache_bytes(request: LoadRequest, asked: int, held: int) -> int:
@@ -79,15 +78,11 @@ def openvino_weights(request: LoadRequest, quantize: str) -> int:
     count = parameters(request.card)
     half = request.dtype == "bfloat16" or (request.dtype == "auto" and has_bfloat16())
     as_it_is = request.card.format == "openvino"
-    small = {"int8": 1.0, "int4": _FOUR_BITS}.get(request.card.dtype if as_it_is else quantize)
     # What was a GGUF is kept in two bytes; other weights of two bytes are mapped and spread out to four.
-    mapped = small or (2 if request.card.format == "gguf" else 4)
+    plain = 2 if request.card.format == "gguf" else 4, 2 * _OPENVINO_HALF_LAYOUTS if half else 4 * _OPENVINO_LAYOUTS
+    mapped, laid_out = _OPENVINO_SMALL.get(request.card.dtype if as_it_is else quantize, plain)
     if as_it_is:
         mapped = request.card.weights_bytes / count
-    if small:
-        laid_out = small * _OPENVINO_SMALL_LAYOUTS
-    else:
-        laid_out = 2 * _OPENVINO_HALF_LAYOUTS if half else 4 * _OPENVINO_LAYOUTS
     return int(count * (mapped + laid_out))
 
 

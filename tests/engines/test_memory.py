@@ -42,7 +42,12 @@ def random_models(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-ENGINES = [("transformers", "auto", "none"), ("openvino", "auto", "none"), ("openvino", "float32", "int8")]
+ENGINES = [
+    ("transformers", "auto", "none"),
+    ("openvino", "auto", "none"),
+    ("openvino", "float32", "int8"),
+    ("openvino", "auto", "int4"),
+]
 
 
 @pytest.mark.parametrize(("engine", "dtype", "quantize"), ENGINES)
