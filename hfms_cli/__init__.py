@@ -51,6 +51,7 @@ from hfms_cli.hookspecs import (
     report_nothing,
 )
 from hfms_cli.model_files import PICKLES, SeveralModels, choose, gguf_models, gguf_tag, no_model
+from hfms_cli.receipts import Receipts
 from hfms_cli.settings import setting
 from hfms_cli.types import (
     PRIORITIES,
@@ -177,6 +178,7 @@ __all__ = [
     "Quality",
     "Quantize",
     "Question",
+    "Receipts",
     "Recording",
     "Reply",
     "Report",

@@ -1,7 +1,8 @@
 """More names for models: those of `[models] aliases`, then those that `hfms models alias` has made.
 
 A running server sees the latter within `LOOK_SECONDS`: they lie in a file of the state folder, which is read again when
-it changes. To look at it for each of the half dozen questions of a call would be a twentieth of what a call costs.
+it changes. To look at it for each of the half dozen questions of a call would cost a fifth of what the cache can
+answer.
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ from hfms_cli.models.ipfs import IpfsModels, cache_folder
 from hfms_cli.models.neighbours import Neighbours, Offering
 from hfms_cli.models.pins import Pins
 from hfms_cli.models.trust import Trust
-from hfms_cli.models.verify import RECEIPTS, Receipts, examine, verify
+from hfms_cli.models.verify import RECEIPTS, examine, verify
 from hfms_cli.plugins import Plugins
+from hfms_cli.receipts import Receipts
 from hfms_cli.types import Manifest, ModelName
 
 __all__ = ["Observe", "Router", "open_router", "stands_for"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(folder, tmp_path
 
     def while_it_is_written(stream, kind):
         found = digest(stream, kind)
-        (folder / "config.json").write_text("[]")
+        Path(stream.name).write_text("[]")
         return found
 
     monkeypatch.setattr(model_digest.hashlib, "file_digest", while_it_is_written)
@@ -111,12 +112,19 @@ def test_what_is_remembered_may_be_damaged_or_in_the_way(folder, tmp_path, later
     assert of_model(folder, tmp_path) == digest
 
 
-def test_only_the_latest_are_remembered(folder, tmp_path, later, monkeypatch):
-    monkeypatch.setattr(model_digest, "MOST", 2)
+def test_of_each_file_the_latest_hash_is_remembered_until_it_is_gone(folder, tmp_path, later, read):
     for i in range(4):
         (folder / "config.json").write_text(str(i))
         later()
         latest = of_model(folder, tmp_path)
     kept = json.loads((tmp_path / REMEMBERED).read_bytes())
     assert len(kept) == 2
-    assert list(kept.values())[-1] == latest
+    read.clear()
+    assert of_model(folder, tmp_path) == latest
+    assert read == []
+    (folder / "config.json").rename(folder / "other.json")
+    of_model(folder, tmp_path)
+    assert {Path(file).name for file in json.loads((tmp_path / REMEMBERED).read_bytes())} == {
+        "model.safetensors",
+        "other.json",
+    }

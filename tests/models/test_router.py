@@ -19,7 +19,7 @@ from hfms_cli import (
 )
 from hfms_cli.models.names import parse
 from hfms_cli.models.router import Router
-from hfms_cli.models.verify import Receipts
+from hfms_cli.receipts import Receipts
 
 NAME = ModelName("", "org/name")
 

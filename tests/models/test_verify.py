@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfms_cli import Manifest, ModelFile, ModelName, VerifyFailed
-from hfms_cli.models.verify import Receipts, verify
+from hfms_cli.models.verify import verify
+from hfms_cli.receipts import Receipts
 
 
 def manifest(*files):
