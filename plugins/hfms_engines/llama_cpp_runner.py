@@ -148,6 +148,10 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+class _Erased(msgspec.Struct):
+    n_erased: int
+
+
 class _Props(msgspec.Struct):
     bos_token: str = ""
     eos_token: str = ""
@@ -223,7 +227,9 @@ class LlamaCpp:
         cache_tokens: int,
         prefill_tokens: int,
         prefix_cache: bool,
+        shared: bool,
     ) -> None:
+        """shared: the slots share one cache, so that what one has kept makes each step of the others longer."""
         self.info = info
         self._server = server
         self._door = door
@@ -236,6 +242,8 @@ class LlamaCpp:
         self._cache_tokens = cache_tokens
         self._prefill_tokens = prefill_tokens
         self._prefix_cache = prefix_cache
+        self._vacates = shared and not prefix_cache
+        """A slot forgets what it has read as soon as a sequence leaves it."""
         # llama.cpp has llguidance in it, and takes its grammars.
         followers = Followers()
         self._structures = Workshop(followers.make, followers.close)
@@ -515,7 +523,16 @@ class LlamaCpp:
         except Exception:
             log.exception("llama.cpp did not take a sequence")
         finally:
+            if self._vacates:
+                self._vacate(seq.slot)
             self._heard.put((seq, None))
+
+    def _vacate(self, slot: int) -> None:
+        try:
+            self._door.ask("POST", f"/slots/{slot}?action=erase", {}, _Erased)
+        except DoorClosed as exc:
+            self._vacates = False
+            log.warning("llama.cpp keeps what idle slots have read, which makes its steps longer: %s", exc)
 
     def _stream(self, seq: _Sequence, changes: dict[str, Any], hear: Callable[[bytes], bool]) -> None:
         self._server.handle_completions(msgspec.json.encode(seq.request | {"id_slot": seq.slot} | changes), hear)
@@ -666,13 +683,18 @@ def load(
     params = xllamacpp.CommonParams()
     params.model.path = str(request.folder / card.weights[0])  # llama.cpp finds the other parts by their names
     params.hostnames, params.api_keys = [door.path], [door.secret]
-    params.n_threads_http = 1
+    # One for what `submit` asks, and one for each slot that waits for a step to be emptied.
+    params.n_threads_http = 1 + max_batch
     params.endpoint_slots = params.ui = False
     params.endpoint_metrics = True
     params.verbosity = 1  # errors; more would hold prompts
     params.n_parallel = max_batch
     params.n_ctx = cache_tokens
-    params.kv_unified = True  # one cache for all slots, so that one text can be as long as the model allows
+    # One cache for all slots, so that one text can be as long as the model allows. Each step looks through all of it
+    # that is in use, so where there is room for such a text in each slot, each has a cache of its own.
+    context = min(card.context_length or cache_tokens, cache_tokens)
+    params.kv_unified = cache_tokens < max_batch * context
+    params.slot_save_path = f"{door.folder}/"  # llama.cpp erases a slot only where it could also save it
     params.fit_params = False
     params.cache_ram_mib = 0
     params.cache_idle_slots = False
@@ -694,7 +716,6 @@ def load(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     server.handle_metrics()  # answered once its loop turns; if it were ended before that, it would never end
-    context = min(card.context_length or cache_tokens, cache_tokens)
     info = LoadedInfo(
         engine="llama_cpp",
         device=request.device.id,
@@ -707,5 +728,11 @@ def load(
         weights_bytes=card.weights_bytes,
     )
     return LlamaCpp(
-        server, door, info, cache_tokens=cache_tokens, prefill_tokens=params.n_batch, prefix_cache=prefix_cache
+        server,
+        door,
+        info,
+        cache_tokens=cache_tokens,
+        prefill_tokens=params.n_batch,
+        prefix_cache=prefix_cache,
+        shared=params.kv_unified,
     )

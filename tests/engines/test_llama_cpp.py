@@ -42,11 +42,22 @@ from tests.conftest import SMOLLM2
 from tests.engines.driving import CPU, Answers, ask, call, drain
 
 pytest.importorskip("xllamacpp")
+llama_cpp_runner = pytest.importorskip("hfms_engines.llama_cpp_runner")
 
 FRANCE = "The capital of France is"
 HELLO = Conversation(messages=[{"role": "user", "content": "Say hello."}])
 TOKEN_BYTES = 23_040
 """Keys and values of one token of SmolLM2: 30 layers, 3 heads of 64, keys and values, 2 bytes."""
+
+
+class Settings(msgspec.Struct):
+    n_ctx: int
+
+
+class Props(msgspec.Struct):
+    """What llama.cpp says of each of its slots."""
+
+    default_generation_settings: Settings
 
 
 def request(folder: Path, *, dtype: str = "auto", device: Device = CPU, **more) -> LoadRequest:
@@ -161,6 +172,52 @@ def test_what_idle_slots_have_kept_makes_room(smollm2):
             assert answers.prompt_tokens("a")[0] + answers.tokens("a") > 256 / 4
             assert answers.ended == {"a": None}
             assert answers.tokens("a") == 50
+    finally:
+        model.close()
+
+
+def test_a_slot_forgets_what_it_has_read_once_its_sequence_is_over_or_cancelled(model):
+    """Each step of llama.cpp's looks through all that the cache holds, whoever's it was."""
+    ask(model, FRANCE, "Once", max_tokens=5)
+    ask(model, FRANCE, max_tokens=5, logprobs=1)  # a request a token
+    model.submit(call("long", FRANCE, max_tokens=1000, ignore_eos=True))
+    answers = Answers()
+    while not answers.tokens("long"):
+        answers.take(model.step())
+    model.cancel("long")
+    while model._running:
+        model.step()
+    erased = [model._door.ask("POST", f"/slots/{i}?action=erase", {}, llama_cpp_runner._Erased) for i in range(4)]
+    assert [e.n_erased for e in erased] == [0] * 4
+
+
+def test_what_slots_have_read_stays_where_it_may_be_read_again(smollm2):
+    model = load(smollm2, max_batch=2, prefix_cache=True, kv_cache_bytes=256 * TOKEN_BYTES)
+    try:
+        ask(model, FRANCE, max_tokens=5)
+        erased = [model._door.ask("POST", f"/slots/{i}?action=erase", {}, llama_cpp_runner._Erased) for i in range(2)]
+        assert sum(e.n_erased for e in erased) >= 5
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("longest", [256, 512])
+def test_slots_have_a_cache_each_where_all_have_room_for_the_longest_text(smollm2, longest):
+    """Here for two texts of 256 tokens; or for one of 512, so that either slot can have it."""
+    room = 512 * TOKEN_BYTES
+    alone = load(smollm2, max_batch=1, kv_cache_bytes=room)
+    try:
+        expected = ask(alone, FRANCE, max_tokens=251, ignore_eos=True).text("a")
+    finally:
+        alone.close()
+    engine = LlamaCppEngine(LlamaCppOptions(max_batch=2, kv_cache_bytes=room))
+    model = engine.load(request(smollm2, context_length=longest))
+    try:
+        assert model._door.ask("GET", "/props", None, Props).default_generation_settings.n_ctx == longest
+        for i in range(2):
+            model.submit(call(f"{i}", FRANCE, max_tokens=251, ignore_eos=True))
+        answers = drain(model)
+        assert [answers.text(f"{i}") for i in range(2)] == [expected] * 2
     finally:
         model.close()
 
